@@ -92,6 +92,7 @@ class RegNetParams:
 
 # depth, w_0, w_a, w_m, group width. Up to 32GF: pycls. 64GF and 128GF: ClassyVision and VISSL.
 # 256GF and 10B: VISSL's SEER models. (ClassyVision's own 256GF is another network.)
+# RegNetY-100MF is not published: three stages, for pictures of 64 pixels and for CPUs.
 _X = {
     "200mf": (13, 24, 36.44, 2.49, 8), "400mf": (22, 24, 24.48, 2.54, 16),
     "600mf": (16, 48, 36.97, 2.24, 24), "800mf": (16, 56, 35.73, 2.28, 16),
@@ -101,6 +102,7 @@ _X = {
     "16gf": (22, 216, 55.59, 2.1, 128), "32gf": (23, 320, 69.86, 2.0, 168),
 }
 _Y = {
+    "100mf": (8, 24, 24.48, 2.54, 8),
     "200mf": (13, 24, 36.44, 2.49, 8), "400mf": (16, 48, 27.89, 2.09, 8),
     "600mf": (15, 48, 32.54, 2.32, 16), "800mf": (14, 56, 38.84, 2.4, 16),
     "1.6gf": (27, 48, 20.71, 2.65, 24), "3.2gf": (21, 80, 42.63, 2.66, 24),

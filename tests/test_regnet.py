@@ -33,7 +33,7 @@ def test_generator_gives_the_stages_of_pycls(entry):
 def test_complexity_equals_the_published_counts_to_the_digit():
     entries = json.loads((DATA / "regnet_complexity.json").read_text())
     names = [e["name"].lower().replace("-", "_").replace(".0gf", "gf") for e in entries]
-    assert sorted(names) == sorted(ARCHS)
+    assert set(ARCHS) == {*names, "regnety_100mf"}
     for name, e in zip(names, entries):
         assert complexity(ARCHS[name]) == (e["params"], e["flops"], e["acts"]), name
         assert complexity(ARCHS[name], num_classes=0).params == e["trunk_params"], name

@@ -1,0 +1,68 @@
+"""LARC: SGD whose step is, for each tensor, a fixed share of that tensor's norm.
+
+Paper: "Large Batch Training of Convolutional Networks" (arXiv 1708.03888), in the form SwAV and
+SEER used (apex' LARC with clip=False around SGD with momentum). For each tensor p with gradient g:
+
+    g = (g + weight_decay p) * trust_coefficient |p| / (|g| + weight_decay |p| + eps)
+    v = momentum v + g;    p = p - lr v
+
+    optimizer = LARC(model.parameters(), lr=4.8, weight_decay=1e-6)
+    loss.backward(); optimizer.step()
+
+Where |p| or |g| is zero, g is used as it is, without weight decay: a bias that starts at zero
+moves, and a tensor whose gradient is zero only coasts. A tensor without gradient (None) is skipped.
+
+Differs from the reference (apex): an optimizer, not a wrapper around one; norms and momentum are
+taken over all tensors at once (foreach), and no norm ever visits the host.
+"""
+import torch
+from torch import Tensor
+
+
+class LARC(torch.optim.Optimizer):
+    """SGD with layer-wise adaptive rate.
+
+    params: tensors or parameter groups, as for every torch optimizer.  lr: global rate.
+    Defaults are SwAV's. Raises ValueError for a negative rate, momentum or weight decay.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
+                 trust_coefficient: float = 0.001, eps: float = 1e-8):
+        if min(lr, momentum, weight_decay, trust_coefficient, eps) < 0:
+            raise ValueError("LARC takes lr, momentum, weight_decay, trust_coefficient, eps >= 0")
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      trust_coefficient=trust_coefficient, eps=eps))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(params, group)
+        return loss
+
+    def _step_group(self, params: list[Tensor], group: dict) -> None:
+        grads = [p.grad for p in params]
+        momenta = []
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta.append(self.state[p]["momentum_buffer"])
+        # (number of tensors,), on the device: one small vector instead of a scalar a tensor
+        p_norm = torch.stack(torch._foreach_norm(params, dtype=torch.float32))
+        g_norm = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
+        decay = group["weight_decay"]
+        rate = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + group["eps"])
+        adapted = (p_norm > 0) & (g_norm > 0)
+        g_scale = torch.where(adapted, rate, 1.0)
+        p_scale = torch.where(adapted, rate * decay, 0.0)
+
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_addcmul_(momenta, grads, g_scale.unbind())
+        if decay:
+            torch._foreach_addcmul_(momenta, params, p_scale.unbind())
+        torch._foreach_add_(params, momenta, alpha=-group["lr"])

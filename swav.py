@@ -1,0 +1,177 @@
+"""SwAV: learn features by predicting the cluster of one view of a picture from another view.
+
+Paper: "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (arXiv
+2006.09882); SEER (arXiv 2103.01988) is the same method on RegNets with 16,000 prototypes.
+
+    model = SwAV(trunk, head=(2048, 128), prototypes=3000, head_bn=True)
+    embeddings, scores = model([large, small])                  # crops: one tensor per size
+    codes = swav_codes(scores, num_crops=8, epsilon=0.05, iterations=3)
+    loss = swav_loss(scores, codes, num_crops=8)                # backward, step, then:
+    model.normalize_prototypes()
+
+A picture's crops are embedded on the unit sphere and compared with K prototypes, also unit
+vectors: the scores. Sinkhorn turns the scores of the assigned crops (as a rule the two large ones)
+into codes, under the constraint that the batch uses all prototypes equally; then every *other*
+crop has to predict that code from its own scores (the "swapped" prediction, eq. 2).
+
+Differs from the reference (facebookresearch/swav):
+- prototypes have unit norm from the start, and again after each step, instead of before each use;
+- normalisation, scores, codes and loss are float32 or better whatever autocast does;
+- the queue enters the codes when it is full, not at a given epoch.
+
+Shapes: B pictures, V crops, C features, D embedding, K prototypes, A assigned crops, L queue
+length. Rows are crop-major: rows i*B .. (i+1)*B belong to crop i.
+"""
+import math
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sinkhorn import sinkhorn
+
+
+class SwAV(nn.Module):
+    """Trunk, projection head and prototypes.
+
+    trunk: images (N, 3, s, s) -> features (N, C), with C in trunk.num_features.
+    head: widths of the projection's linear layers, ReLU between; the last one is D.
+    prototypes: K.  head_bn: BatchNorm before each ReLU of the head (SwAV, and SEER up to 32GF).
+    """
+
+    def __init__(self, trunk: nn.Module, head: Sequence[int] = (8192, 8192, 256),
+                 prototypes: int = 16000, head_bn: bool = False):
+        super().__init__()
+        if not head or min(*head, prototypes) < 1:
+            raise ValueError(f"SwAV needs a head of at least one width and at least one prototype, "
+                             f"not {tuple(head)} and {prototypes}")
+        self.trunk = trunk
+        self.head = nn.Sequential()
+        widths = [trunk.num_features, *head]
+        for i, (w_in, w_out) in enumerate(zip(widths, widths[1:])):
+            self.head.append(nn.Linear(w_in, w_out))
+            if i < len(head) - 1:
+                self.head.extend([nn.BatchNorm1d(w_out)] if head_bn else [])
+                self.head.append(nn.ReLU(inplace=True))
+        self.prototypes = nn.Linear(head[-1], prototypes, bias=False)    # weight (K, D)
+        self.normalize_prototypes()
+
+    def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """crops, one (count * B, 3, s, s) per size -> embeddings (V*B, D), scores (V*B, K)."""
+        features = torch.cat([self.trunk(images) for images in crops])   # (V*B, C)
+        # all sizes go through the head together, so a head's BatchNorm sees every crop
+        projected = self.head(features)                                  # (V*B, D)
+        with torch.autocast(projected.device.type, enabled=False):
+            embeddings = F.normalize(projected.float(), dim=1)
+            return embeddings, self.prototypes(embeddings)
+
+    @torch.no_grad()
+    def normalize_prototypes(self) -> None:
+        """Back onto the unit sphere: to be called after each optimizer step."""
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+
+    def freeze_prototypes(self) -> None:
+        """Keep the prototypes still for this step: to be called between backward and step.
+
+        The gradient is dropped, not turned off: the graph, and what DDP expects of it, is the
+        same at every step, and an optimizer skips a parameter without gradient.
+        """
+        self.prototypes.weight.grad = None
+
+
+def swav_codes(scores: Tensor, num_crops: int, assign: Sequence[int] = (0, 1),
+               epsilon: float = 0.05, iterations: int = 3, queue_scores: Tensor | None = None,
+               group=None, hard: bool = False) -> Tensor:
+    """Codes of the assigned crops, without gradient (section 3.1).
+
+    scores: (V*B, K).  queue_scores: None or (A, L, K), samples that take part in the partition
+    and whose codes are thrown away (section 4.1's queue).  Returns (A, B, K), rows sum to 1.
+    """
+    crops = scores.detach().unflatten(0, (num_crops, -1))                # (V, B, K)
+    problems = crops[list(assign)]                                       # (A, B, K)
+    if queue_scores is not None:
+        problems = torch.cat([problems, queue_scores], dim=1)            # (A, B + L, K)
+    codes = sinkhorn(problems, epsilon, iterations, group, hard)
+    return codes[:, :crops.shape[1]]
+
+
+def swav_loss(scores: Tensor, codes: Tensor, num_crops: int, assign: Sequence[int] = (0, 1),
+              temperature: float = 0.1) -> Tensor:
+    """Swapped prediction: each assigned crop's code is predicted from every other crop (eq. 2).
+
+    scores: (V*B, K).  codes: (A, B, K), of the crops named in assign.  Returns a scalar: the mean
+    cross-entropy over assigned crops, other crops and pictures; ln K where nothing is predicted.
+    """
+    if num_crops < 2 or len(scores) % num_crops or len(codes) != len(assign):
+        raise ValueError(f"{len(scores)} rows of scores and codes of {len(codes)} crops do not "
+                         f"fit {num_crops} crops, at least 2, of which {len(assign)} are assigned")
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    log_p = F.log_softmax(scores / temperature, dim=1).unflatten(0, (num_crops, -1))    # (V, B, K)
+    everyone = log_p.sum(0)                                              # (B, K)
+    loss = 0.0
+    for code, crop in zip(codes, assign):
+        loss = loss - (code * (everyone - log_p[crop])).sum(1).mean()
+    return loss / (len(assign) * (num_crops - 1))
+
+
+class Queue:
+    """The last L embeddings of each assigned crop, newest first (section 4.1: small batches).
+
+    A queue is `full` once L embeddings have gone in; until then it should not be used, for its
+    remaining rows are zeros. embeddings: (A, L, D).
+    """
+
+    def __init__(self, length: int, dim: int, assign: Sequence[int] = (0, 1), device=None):
+        self.assign = list(assign)
+        self.embeddings = torch.zeros(len(assign), length, dim, device=device)
+        self.filled = 0
+
+    @property
+    def full(self) -> bool:
+        return self.filled >= self.embeddings.shape[1]
+
+    @torch.no_grad()
+    def push(self, embeddings: Tensor, num_crops: int) -> None:
+        """embeddings: (V*B, D), as the model returns them."""
+        new = embeddings.float().unflatten(0, (num_crops, -1))[self.assign]      # (A, B, D)
+        length = self.embeddings.shape[1]
+        self.embeddings = torch.cat([new, self.embeddings], dim=1)[:, :length].contiguous()
+        self.filled = min(length, self.filled + new.shape[1])
+
+    @torch.no_grad()
+    def scores(self, prototypes: Tensor) -> Tensor | None:
+        """(A, L, K) under today's prototypes (K, D), or None while the queue is not full."""
+        if not self.full:
+            return None
+        with torch.autocast(self.embeddings.device.type, enabled=False):
+            return self.embeddings @ prototypes.float().t()
+
+
+@torch.no_grad()
+def collapse_statistics(embeddings: Tensor, scores: Tensor, loss: Tensor,
+                        temperature: float = 0.1) -> dict[str, float]:
+    """Numbers that tell learning from collapse. Waits for the device: for log steps only.
+
+    embeddings: (N, D).  scores: (N, K).  loss: scalar.
+
+    loss_over_ln_k: 1 when the predictions say nothing (SwAV's usual failure), falling as it learns.
+    prototypes_used: share of the prototypes, of at most N, that are nearest to some row.
+    assignment_entropy: mean entropy of softmax(scores / temperature) over ln K; 1 is uniform.
+    spread: sqrt(1 - |mean embedding|^2); 0 when all embeddings are one point, 1 when centred.
+    effective_rank: exp of the entropy of the embeddings' singular values (Roy & Vetterli 2007);
+        1 when all lie on a line, at most D.
+    """
+    n, k = scores.shape
+    p = torch.softmax(scores.float() / temperature, dim=1)
+    entropy = -torch.xlogy(p, p).sum(1).mean()
+    z = embeddings.cpu().double()        # a host copy: MPS has no float64, CUDA a slow svd
+    singular = torch.linalg.svdvals(z)
+    share = singular / singular.sum()
+    return {
+        "loss_over_ln_k": loss.item() / math.log(max(k, 2)),
+        "prototypes_used": scores.argmax(1).unique().numel() / min(n, k),
+        "assignment_entropy": entropy.item() / math.log(max(k, 2)),
+        "spread": (1 - z.mean(0).square().sum()).clamp(min=0).sqrt().item(),
+        "effective_rank": torch.xlogy(share, share).sum().neg().exp().item(),
+    }

@@ -1,0 +1,55 @@
+"""larc.py against stored parameters of five steps (apex' LARC around SGD, float64)."""
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from larc import LARC
+
+CASES = torch.load(Path(__file__).parent / "data" / "larc.pt", weights_only=True)["cases"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
+def test_five_steps(case):
+    params = [torch.nn.Parameter(p.clone()) for p in case["params"]]
+    optimizer = LARC(params, lr=1.0, momentum=case["momentum"], weight_decay=case["weight_decay"],
+                     trust_coefficient=case["trust_coefficient"], eps=case["eps"])
+    for lr, grads, expected in zip(case["lrs"], case["grads"], case["expected"]):
+        optimizer.param_groups[0]["lr"] = lr
+        for p, grad in zip(params, grads):
+            p.grad = grad.clone()
+        optimizer.step()
+        for p, value, grad in zip(params, expected, grads):
+            torch.testing.assert_close(p.detach().double(), value, rtol=0, atol=2e-7)
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(params, grads))
+
+
+def test_a_parameter_without_gradient_stays_and_keeps_no_state():
+    moving, still = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    optimizer = LARC([moving, still], lr=1.0, weight_decay=0.1)
+    moving.grad = torch.ones(3)
+    optimizer.step()
+    assert (still == 1).all() and (moving < 1).all() and still not in optimizer.state
+
+
+def test_resumed_from_its_state_it_goes_on_bitwise():
+    def steps(p, optimizer, seeds):
+        for seed in seeds:
+            p.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+
+    whole = torch.nn.Parameter(torch.ones(5))
+    optimizer = LARC([whole], lr=2.0, weight_decay=1e-3)
+    steps(whole, optimizer, [1, 2])
+    part = torch.nn.Parameter(whole.detach().clone())
+    resumed = LARC([part], lr=2.0, weight_decay=1e-3)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(whole, optimizer, [3, 4])
+    steps(part, resumed, [3, 4])
+    assert torch.equal(whole, part)
+
+
+def test_negative_settings_are_refused():
+    with pytest.raises(ValueError):
+        LARC([torch.nn.Parameter(torch.ones(1))], lr=-1.0)

@@ -1,0 +1,500 @@
+"""Pretrain a RegNet with SwAV on a folder of pictures, as SEER was.
+
+    python train.py                                     # the demo pictures, two CPU cores, minutes
+    python train.py --data photos/                      # your own pictures; no labels needed
+    torchrun --nproc_per_node 8 train.py --arch regnety_256gf --data photos/
+
+Papers: SwAV (arXiv 2006.09882), SEER (2103.01988, 2202.08360). The method is in swav.py,
+sinkhorn.py, multicrop.py, larc.py and regnet.py; this file is the configuration, the distribution
+and the loop. The same command again resumes the run, or says that it is finished.
+
+A run's folder holds config.json, log.jsonl (one object a line), views.png (a batch as the network
+sees it), checkpoint.pt, and trunk.pt: the product, a state dict with torchvision's names.
+"""
+import os
+
+if __name__ == "__main__":
+    # On a CPU, threads that spin while they wait starve the workers beside them (and each other's
+    # steps become up to eight times slower). OpenMP reads this once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import checkpoint
+import evaluate
+from demo import DemoImages
+from images import Positions, Stream, collate, open_images
+from larc import LARC
+from multicrop import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Photometric, parse_crops
+from regnet import ARCHS, RegNet
+from swav import Queue, SwAV, collapse_statistics, swav_codes, swav_loss
+
+MAX_BAD_SHARE = 0.1         # of the pictures read so far; above it the run ends
+
+
+def option(default, help: str, choices=None):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. The defaults are SEER's (VISSL's configuration files)."""
+    data: str = option("", "folder of pictures, any depth; none: the built-in demo pictures")
+    out: str = option("", "folder of the run; none: runs/RECIPE-ARCH")
+    recipe: str = option("", "named set of defaults; none: seer with --arch, else demo")
+    arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS")
+    # length: whichever of these is given replaces the recipe's; of several, the shortest
+    steps: int = option(0, "length of the run in optimizer steps")
+    epochs: float = option(0.0, "length of the run in passes over the data")
+    images: int = option(0, "length of the run in pictures seen")
+    batch_size: int = option(8192, "pictures per step over all ranks (SEER: 8192)")
+    # pictures -> crops
+    crops: str = option("2x224+4x96", "COUNTxSIZE[@FROM-TO]+..., FROM-TO the share of the area")
+    strength: float = option(1.0, "strength of the colour jitter (SwAV: 1)")
+    gray: float = option(0.2, "probability of a gray crop (SwAV: 0.2)")
+    blur: float = option(0.5, "probability of a blurred crop (SwAV: 0.5)")
+    # crops -> scores -> loss
+    head: str = option("8192-8192-256", "widths of the projection head")
+    head_bn: bool = option(False, "BatchNorm in the head (SwAV, and SEER up to 32GF)")
+    prototypes: int = option(16000, "number of prototypes, K (SwAV: 3000)")
+    epsilon: float = option(0.05, "Sinkhorn's softness of the codes (SwAV: 0.05, SEER-10B: 0.03)")
+    sinkhorn_iterations: int = option(10, "Sinkhorn iterations (SwAV: 3)")
+    hard: bool = option(False, "one-hot codes")
+    temperature: float = option(0.1, "temperature of the predictions")
+    queue: int = option(0, "embeddings kept for Sinkhorn over all ranks; used once full; 0: none")
+    freeze_prototypes: int = option(313, "steps during which the prototypes stay as they began")
+    # optimizer
+    lr: float = option(0.3, "peak learning rate per 256 pictures of batch")
+    final_lr: float = option(0.001, "last learning rate of the cosine, as a share of the peak")
+    warmup: float = option(0.0655, "share of the run in which the learning rate rises from 0")
+    momentum: float = option(0.9, "momentum of SGD")
+    trust_coefficient: float = option(0.001, "LARC's step relative to a tensor's norm")
+    weight_decay: float = option(1e-5, "weight decay, BatchNorm and biases included (SwAV: 1e-6)")
+    # machine
+    precision: str = option("auto", "auto: bf16 on a GPU that has it, else fp32",
+                            ("auto", "bf16", "fp16", "fp32"))
+    device: str = option("", "cuda, mps or cpu; none: the best one here")
+    workers: int = option(-1, "processes per rank that decode; -1: the processors it may use")
+    seed: int = option(0, "of weights, order, crops and distortions")
+    log_every: int = option(20, "steps between lines of log.jsonl")
+    save_every: int = option(500, "steps between checkpoints")
+
+    def peak_lr(self) -> float:
+        return self.lr * self.batch_size / 256
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then half a cosine, by step."""
+        warmup = round(self.warmup * self.steps)
+        if step < warmup:
+            return self.peak_lr() * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        floor = self.final_lr
+        return self.peak_lr() * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+RECIPES = {
+    # SEER's 256GF: one pass over a billion pictures
+    "seer": dict(images=1_000_000_000),
+    # 64-pixel pictures on two CPU cores in a few minutes
+    "demo": dict(arch="regnety_100mf", steps=600, batch_size=128,
+                 crops="2x64@0.25-1+4x32@0.08-0.25", strength=0.4, blur=0.0, head="512-64",
+                 head_bn=True, prototypes=64, sinkhorn_iterations=3, freeze_prototypes=0,
+                 lr=0.6, warmup=0.08, weight_decay=1e-6),
+}
+# what may change between the parts of one run
+FREE = ("out", "device", "workers", "log_every", "save_every")
+
+
+# ------------------------------------------------------------------------------ configuration
+def parse_arguments(argv: list[str]) -> dict:
+    """Command line -> the options given. Hyphens and underscores alike."""
+    parser = argparse.ArgumentParser(
+        description="Pretrain a RegNet with SwAV, as SEER was.", argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Config):
+        kwargs = dict(help=field.metadata["help"].replace("%", "%%") + f" (default: {field.default})")
+        if field.type is bool:
+            kwargs["action"] = argparse.BooleanOptionalAction
+        else:
+            kwargs |= dict(type=field.type, choices=field.metadata["choices"],
+                           metavar=None if field.metadata["choices"] else field.type.__name__.upper())
+        parser.add_argument("--" + field.name.replace("_", "-"), **kwargs)
+    flags = [arg.replace("_", "-", arg.split("=")[0].count("_")) if arg.startswith("--") else arg
+             for arg in argv]
+    return vars(parser.parse_args(flags))
+
+
+def configure(given: dict, world: int = 1) -> Config:
+    """Recipe and given options -> a complete configuration. Raises ValueError for a bad one."""
+    recipe = given.get("recipe") or ("seer" if "arch" in given else "demo")
+    if recipe not in RECIPES:
+        raise ValueError(unknown("recipe", recipe, RECIPES))
+    defaults = dict(RECIPES[recipe])
+    if {"steps", "epochs", "images"} & set(given):
+        defaults = {k: v for k, v in defaults.items() if k not in ("steps", "epochs", "images")}
+    config = Config(**defaults | given | {"recipe": recipe})
+    if config.arch not in ARCHS:
+        raise ValueError(unknown("arch", config.arch, ARCHS))
+    parse_crops(config.crops), parse_head(config.head)
+    for name, smallest in dict(batch_size=1, prototypes=1, epsilon=1e-3, temperature=1e-3, lr=0,
+                               sinkhorn_iterations=1, log_every=1, save_every=1, queue=0).items():
+        if getattr(config, name) < smallest:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: "
+                             f"needs at least {smallest}")
+    for name in ("batch_size", "queue"):
+        if getattr(config, name) % world:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not divisible "
+                             f"by {world} processes; {getattr(config, name) // world * world} is")
+    return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}")
+
+
+def unknown(what: str, name: str, known) -> str:
+    close = difflib.get_close_matches(name, known, n=3) or sorted(known)
+    return f"unknown {what} {name!r}; there is {', '.join(close)}"
+
+
+def parse_head(text: str) -> list[int]:
+    try:
+        return [int(width) for width in text.split("-")]
+    except ValueError:
+        raise ValueError(f"head {text!r} is not WIDTH-WIDTH-..., as in 8192-8192-256") from None
+
+
+def with_length(config: Config, num_images: int) -> Config:
+    """Resolve epochs and images into steps, once the number of pictures is known."""
+    lengths = [config.steps, math.ceil(config.images / config.batch_size),
+               math.ceil(config.epochs * num_images / config.batch_size)]
+    steps = min((length for length in lengths if length > 0), default=0)
+    if not steps:
+        raise ValueError("the run has no length: give --steps, --epochs or --images")
+    return dataclasses.replace(config, steps=steps)
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    if not name:
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        native = {"cuda": torch.cuda.is_bf16_supported,
+                  "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported}.get(device.type, lambda: False)
+        name = "bf16" if native() else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+# ---------------------------------------------------------------------------------- one step
+def build_model(config: Config) -> SwAV:
+    torch.manual_seed(config.seed)
+    return SwAV(RegNet(ARCHS[config.arch]), parse_head(config.head), config.prototypes,
+                config.head_bn)
+
+
+def layout(device: torch.device) -> torch.memory_format:
+    """Channels-last is 1.8 times as fast on a CPU; on a GPU it is not settled for grouped 3x3."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
+def wrap(model: SwAV, device: torch.device, world: int) -> torch.nn.Module:
+    """Everything that is done to the built model from outside, in order: DDP is the last."""
+    if world == 1:
+        return model
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+
+
+def swav_step(config: Config, model, prototypes: torch.Tensor, queue: Queue | None, crops: list):
+    """Crops, one tensor per size -> loss, and the embeddings and scores it was made of."""
+    num_crops = sum(spec.count for spec in parse_crops(config.crops))
+    embeddings, scores = model(crops)                                # (V*B, D), (V*B, K)
+    codes = swav_codes(scores, num_crops, epsilon=config.epsilon,
+                       iterations=config.sinkhorn_iterations, hard=config.hard,
+                       queue_scores=queue.scores(prototypes) if queue else None)
+    if queue:
+        queue.push(embeddings, num_crops)
+    return swav_loss(scores, codes, num_crops, temperature=config.temperature), embeddings, scores
+
+
+# ------------------------------------------------------------------------------------ the run
+def train(config: Config) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    main = rank == 0
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    dtype = pick_precision(config.precision, device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # pictures
+    images = open_images(config.data) if config.data else DemoImages("train")
+    config = with_length(config, len(images))
+    specs = parse_crops(config.crops)
+    crop = MultiCrop(specs, config.strength, gray=config.gray, blur=config.blur)
+    stream = Stream(images, crop, config.seed)
+    photometric = Photometric().to(device)
+    stream[0]                                   # a folder without one readable picture fails here
+
+    # run
+    out = Path(config.out)
+    state = resume(config, out)
+    start = state["step"] if state else 0
+    if main:
+        describe(config, images, world, device, dtype, start)
+    if start >= config.steps:
+        if main:
+            print(f"{out} is finished: {start} steps. Another --out starts another run.")
+        return
+
+    # model
+    model = build_model(config).to(device, memory_format=layout(device))
+    optimizer = LARC(model.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
+                     config.trust_coefficient)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    queue = None
+    if config.queue:
+        queue = Queue(config.queue // world, parse_head(config.head)[-1], device=device)
+    if state:
+        checkpoint.load_run_state(state, model, optimizer, scaler, queue)
+    wrapped = wrap(model, device, world)
+
+    loader = DataLoader(stream, collate_fn=collate, num_workers=num_workers(config, world),
+                        batch_sampler=Positions(start, config.steps, config.batch_size, rank, world),
+                        pin_memory=device.type == "cuda")
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_config(config, out)
+        log = open_log(out / "log.jsonl", start)
+    bad_pictures, bad_total, waited, clock = [], 0, 0.0, time.perf_counter()
+    steps = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step",
+                 disable=not main or not sys.stderr.isatty())
+    batches = iter(loader)
+
+    for step in steps:
+        # schedule
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr_at(step)
+
+        # crops
+        wait = time.perf_counter()
+        crops, params, bad = next(batches)
+        waited += time.perf_counter() - wait
+        bad_pictures += bad
+        crops = [photometric(c.to(device, non_blocking=True), p).to(memory_format=layout(device))
+                 for c, p in zip(crops, params)]
+        if main and step == 0:
+            save_views(out / "views.png", crops, specs)
+
+        # forward, codes, loss
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss, embeddings, scores = swav_step(
+                config, wrapped, model.prototypes.weight, queue, crops)
+
+        # backward, freeze, step, normalise
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        if step < config.freeze_prototypes:
+            model.freeze_prototypes()
+        scaler.step(optimizer)
+        scaler.update()
+        model.normalize_prototypes()
+
+        # log
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            # note: a sync point, and with several ranks a collective
+            loss = mean_over_ranks(loss.detach())
+            bad_pictures = gather_lists(bad_pictures)
+            bad_total += len(bad_pictures)
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            seen = (done - start) * config.batch_size
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"the loss is {loss.item()} at step {done}; lower --lr or "
+                                         "use --precision fp32; the last checkpoint is untouched")
+            if main:
+                entry = {"step": done, "images": done * config.batch_size, "loss": loss.item(),
+                         "lr": config.lr_at(step),
+                         **collapse_statistics(embeddings, scores, loss, config.temperature),
+                         "bad": bad_pictures, "seconds": seconds, "waited": waited}
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                report(steps, entry, config)
+            if bad_total > MAX_BAD_SHARE * (seen + bad_total) and bad_total >= 10:
+                raise ValueError(f"{bad_total} pictures in {seen} could not be read, more than "
+                                 f"{MAX_BAD_SHARE:.0%}; {out}/log.jsonl names them")
+            bad_pictures, waited = [], 0.0
+
+        # save
+        if done % config.save_every == 0 or done == config.steps:
+            run = checkpoint.run_state(done, dataclasses.asdict(config), model, optimizer, scaler,
+                                       queue)
+            if main:
+                checkpoint.save(out / "checkpoint.pt", run)
+                checkpoint.save(out / "trunk.pt", model.trunk.state_dict())
+
+    if main:
+        if not config.data:
+            measure_demo(model.trunk, specs[0].size, device)
+        print(usage(config, out))
+
+
+# -------------------------------------------------------------------------------- small print
+def resume(config: Config, out: Path) -> dict | None:
+    """The state to go on from, or None. Raises ValueError where the folder holds another run."""
+    if not (out / "checkpoint.pt").exists():
+        if (out / "config.json").exists():
+            check_same_run(json.loads((out / "config.json").read_text())["config"], config, out)
+        return None
+    state = checkpoint.load(out / "checkpoint.pt")
+    if not isinstance(state, dict) or state.get("version") != checkpoint.VERSION:
+        raise ValueError(f"{out}/checkpoint.pt is not a checkpoint of this program's version")
+    check_same_run(state["config"], config, out)
+    return state
+
+
+def check_same_run(old: dict, config: Config, out: Path) -> None:
+    new = dataclasses.asdict(config)
+    changed = [f"{k} was {old.get(k)}, not {v}" for k, v in new.items()
+               if k not in FREE and old.get(k) != v]
+    if changed:
+        raise ValueError(f"{out} holds another run ({'; '.join(changed)}); choose another --out")
+
+
+def num_workers(config: Config, world: int) -> int:
+    if config.workers >= 0:
+        return config.workers
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, available // local)
+
+
+def write_config(config: Config, out: Path) -> None:
+    environment = {"python": platform.python_version(), "torch": torch.__version__,
+                   "platform": platform.platform(), "world": int(os.environ.get("WORLD_SIZE", 1))}
+    text = json.dumps({"config": dataclasses.asdict(config), "version": checkpoint.VERSION,
+                       "environment": environment}, indent=2)
+    (out / "config.json").write_text(text + "\n")
+
+
+def open_log(path: Path, start: int):
+    """Append after step `start`; lines of steps that were lost with a crash are dropped."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= start]
+    path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a")
+
+
+def describe(config: Config, images, world: int, device, dtype, start: int) -> None:
+    source = config.data or "the built-in demo pictures (--data DIR trains on your own)"
+    print(f"data: {len(images):,} pictures from {source}\n"
+          f"recipe {config.recipe}: {config.arch}, crops {config.crops}, head {config.head}, "
+          f"{config.prototypes} prototypes; ln K = {math.log(config.prototypes):.3f}\n"
+          f"batch {config.batch_size} = {world} rank{'s' * (world > 1)} x "
+          f"{config.batch_size // world}; lr {config.lr:g} per 256 pictures = "
+          f"{config.peak_lr():g}; {config.steps} steps = "
+          f"{config.steps * config.batch_size / len(images):.1f} epochs\n"
+          f"{device}, {str(dtype).removeprefix('torch.')}; run folder {config.out}"
+          + (f"; resumed after step {start}" if start else ""), flush=True)
+
+
+def report(steps: tqdm, entry: dict, config: Config) -> None:
+    """On a terminal beside the progress bar, else a line."""
+    rate = config.log_every * config.batch_size / entry["seconds"]
+    text = (f"loss {entry['loss']:.3f} ({entry['loss_over_ln_k']:.2f} ln K)  prototypes "
+            f"{entry['prototypes_used']:.0%}  rank {entry['effective_rank']:.0f}  {rate:.0f} img/s")
+    if entry["waited"] > 0.3 * entry["seconds"]:
+        text += f"  input-bound {entry['waited'] / entry['seconds']:.0%}: more --workers help"
+    for fault in entry["bad"][:3]:
+        tqdm.write(f"replaced a picture: {fault}")
+    if len(entry["bad"]) > 3:
+        tqdm.write(f"and {len(entry['bad']) - 3} more, named in log.jsonl")
+    if steps.disable:
+        left = (config.steps - entry["step"]) * entry["seconds"] / config.log_every
+        print(f"step {entry['step']}/{config.steps}  {text}  {left / 60:.1f} min left", flush=True)
+    else:
+        steps.set_postfix_str(text)
+
+
+def save_views(path: Path, crops: list[torch.Tensor], specs) -> None:
+    """The first pictures of a batch as the network sees them: a row a picture, a column a crop."""
+    rows = min(8, len(crops[0]) // specs[0].count)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    tiles = []
+    for spec, images in zip(specs, crops):
+        pictures = images.float().cpu().unflatten(0, (spec.count, -1))[:, :rows] * std + mean
+        side = specs[0].size - spec.size
+        pad = (side // 2, side - side // 2) * 2
+        tiles.append(torch.nn.functional.pad(pictures, pad, value=1.0))
+    tiles = torch.cat(tiles).transpose(0, 1).flatten(0, 1)           # (rows * V, 3, s, s)
+    save_image(tiles, path, nrow=sum(spec.count for spec in specs), pad_value=1.0)
+
+
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
+def gather_lists(mine: list) -> list:
+    if not dist.is_initialized():
+        return mine
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, mine)
+    return [item for one in lists for item in one]
+
+
+def measure_demo(trunk: torch.nn.Module, size: int, device) -> None:
+    """kNN on held-out demo pictures: the only place where their labels are read."""
+    top1 = evaluate.knn_accuracy(trunk, DemoImages("train"), DemoImages("val"), size,
+                                 device=device, crop_ratio=1.0)
+    print(f"kNN on {len(DemoImages('val')):,} held-out demo pictures: {top1:.1%}")
+
+
+def usage(config: Config, out: Path) -> str:
+    return f"""
+trunk: {out}/trunk.pt (torchvision's names). To use it elsewhere:
+    from regnet import ARCHS, RegNet
+    trunk = RegNet(ARCHS["{config.arch}"]).eval()
+    trunk.load_state_dict(torch.load("{out}/trunk.pt"))"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    main_rank = os.environ.get("RANK", "0") == "0"
+    given = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        train(configure(given, int(os.environ.get("WORLD_SIZE", 1))))
+    except (ValueError, FloatingPointError) as error:
+        if main_rank:
+            reason = str(error).strip().splitlines()[-1]     # a worker's error ends with it
+            print(f"train.py: error: {reason.removeprefix('ValueError: ')}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
