@@ -37,7 +37,7 @@ from typing import NamedTuple, Sequence
 
 import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,10 +79,13 @@ def parse_crops(text: str) -> list[CropSpec]:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Encoded picture -> upright RGB picture. Raises what PIL raises for a broken one."""
-    with Image.open(io.BytesIO(data)) as opened:
-        image = ImageOps.exif_transpose(opened)
-        image.load()
+    """Encoded picture -> upright RGB picture. Raises ValueError, or what PIL raises, for a broken
+    one."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:                  # whose own message names a memory address
+        raise ValueError(f"{len(data)} bytes that are no known kind of picture") from None
+    image = ImageOps.exif_transpose(image)          # loads it
     if image.mode.startswith("I"):                  # 16 bits: 65535 / 257 = 255
         wide = numpy.asarray(image).astype(numpy.float32)
         image = Image.fromarray((wide / 257).round().clip(0, 255).astype(numpy.uint8))

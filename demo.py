@@ -1,0 +1,146 @@
+"""The built-in pictures: generated, deterministic, labelled for measuring only.
+
+Every picture scatters things of one kind (rings, stars, spirals, ...) over clutter. Things differ in
+place, size, turn and colour within a picture as much as between pictures; only the kind is shared by
+all crops of a picture. So it is what SwAV (arXiv 2006.09882) can find without labels, while pixels
+and untrained features see mostly the rest.
+
+    pictures = DemoImages("train")                     # len(), [i] -> PNG bytes, .name(i), .labels
+    Image.open(io.BytesIO(pictures[7])).show()         # a picture of pictures.classes[7]
+    held_out = DemoImages("val", count=1024, seed=0)
+
+Picture i is a pure function of (seed, split, i): the same in any order, process and count. Nothing
+is kept; one takes about half a millisecond to make. `python demo.py OUT.png` draws a sheet, a row a
+kind.
+"""
+import io
+
+import numpy
+from PIL import Image, ImageDraw
+
+SPLITS = {"train": 4096, "val": 1024}      # pictures by default
+GRID = 3                                   # a picture has about GRID x GRID things
+CLUTTER = 4
+BACKGROUND = 64
+THING = 160
+KEEP = .85
+LO, HI = .75, 1.15
+
+
+def _arc(start: float, stop: float, points: int) -> numpy.ndarray:
+    """Points of the unit circle in the complex plane; a full turn is 1."""
+    return numpy.exp(2j * numpy.pi * numpy.linspace(start, stop, points))
+
+
+def _hollow(*loops: numpy.ndarray) -> numpy.ndarray:
+    """Closed loops -> one outline; where an even number of them overlap is a hole."""
+    return numpy.concatenate(loops + tuple(loop[:1] for loop in loops[-2::-1]))
+
+
+def _band(path: numpy.ndarray, width: float) -> numpy.ndarray:
+    """The outline of a stroke along a path."""
+    side = numpy.gradient(path) * 1j
+    side *= width / 2 / numpy.abs(side)
+    return numpy.concatenate([path + side, (path - side)[::-1]])
+
+
+def _outlines() -> dict[str, numpy.ndarray]:
+    """Kind -> its outline: complex points around 0, scaled so that all kinds need as much paint."""
+    circle = _arc(0, 1, 25)
+    square = 2 ** .5 * _arc(1 / 8, 9 / 8, 5)
+    zig = numpy.array([-1.5, -.75 + .8j, 0, .75 + .8j, 1.5]) - .4j
+    arm = numpy.array([.3 + 1j, -.3 + 1j, -.3 + .3j])
+    t = numpy.linspace(0, 1, 33)
+    outlines = {
+        "disc": circle,
+        "ring": _hollow(circle, .72 * circle[::-1]),
+        "triangle": _arc(0, 1, 4),
+        "cross": numpy.concatenate([arm * 1j ** turn for turn in range(4)]),
+        "star": _arc(0, 1, 11)[:10] * numpy.tile([1, .4], 5),
+        "crescent": numpy.concatenate([_arc(.17, .83, 19), .45 + .86 * _arc(.71, .29, 15)]),
+        "zigzag": numpy.concatenate([zig + .3j, (zig - .3j)[::-1]]),
+        "spiral": _band((.1 + .9 * t) * numpy.exp(3.2j * numpy.pi * t), .25),
+        "sun": _arc(0, 1, 25)[:24] * numpy.tile([1, .45], 12),
+        "target": _hollow(circle, .74 * circle[::-1], .46 * circle),
+        "window": _hollow(square, *(.33 * square[::-1] + (.52 + .52j) * 1j ** k for k in range(4))),
+        "dots": _hollow(*(.3 * circle[::2] + .75 * z for z in (0, 1, 1j, -1, -1j))),
+    }
+    for kind, z in outlines.items():
+        paint = abs(numpy.sum(z.conj() * numpy.roll(z, -1)).imag) / 2          # shoelace formula
+        outlines[kind] = z * (1.4/ paint) ** .5
+    return outlines
+
+
+OUTLINES = _outlines()
+
+
+def picture(outline: numpy.ndarray, rng: numpy.random.Generator, size: int) -> Image.Image:
+    """Things of one outline, scattered over a cluttered background -> an RGB picture."""
+    side = 2 * size                        # drawn at twice the size, then halved: smooth edges
+    cloud = rng.integers(0, BACKGROUND, (5, 5, 3), dtype=numpy.uint8)
+    image = Image.fromarray(cloud).resize((side, side), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+
+    start = rng.random((CLUTTER, 2)) * side
+    ends = numpy.concatenate([start, start + rng.normal(0, side / 6, start.shape)], 1)
+    colours = rng.integers(0, 256, (CLUTTER, 3))
+    for line, colour in zip(ends.tolist(), colours.tolist()):
+        draw.line(line, fill=tuple(colour), width=side//40)
+
+    cell = side / GRID
+    rows, columns = numpy.divmod(numpy.arange((GRID+1) ** 2), GRID+1)
+    rows, columns = rows + rng.random()-.5, columns + rng.random()-.5
+    where = columns + 1j * rows  + (rng.uniform(-.25, .25, (2,len(rows))).T @ [1,1j])
+    pose = cell / 2 * rng.uniform(LO,HI, len(rows)) * numpy.exp(2j * numpy.pi * rng.random(len(rows)))
+    points = where[:, None] * cell + pose[:, None] * outline                     # (things, points)
+    colours = rng.integers(THING, 256, (len(rows), 3))
+    keep = rng.random(len(rows)) < KEEP
+    xy = numpy.stack([points.real, points.imag], 2).reshape(len(rows), -1)
+    for polygon, colour, k in zip(xy.tolist(), colours.tolist(), keep.tolist()):
+        if k: draw.polygon(polygon, fill=tuple(colour))
+    return image.reduce(2)
+
+
+class DemoImages:
+    """len(), [i] -> PNG bytes, .name(i), .labels, .classes: what `images.open_images` gives.
+
+    Raises ValueError for an unknown split.
+    """
+
+    def __init__(self, split: str = "train", count: int | None = None, seed: int = 0, size: int = 64):
+        if split not in SPLITS:
+            raise ValueError(f"no such split of the demo pictures: {split!r}; there are {', '.join(SPLITS)}")
+        self.split, self.seed, self.size = split, seed, size
+        self.classes = list(OUTLINES)
+        self.labels = numpy.arange(SPLITS[split] if count is None else count) % len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        return f"{self.classes[self.labels[i]]}/{self.split}-{i:06d}.png"
+
+    def image(self, i):
+        kind = self.classes[self.labels[i]]
+        rng = numpy.random.default_rng([self.seed, list(SPLITS).index(self.split), i])
+        return picture(OUTLINES[kind], rng, self.size)
+    def __getitem__(self, i: int) -> bytes:
+        file = io.BytesIO()
+        self.image(i).save(file, "png", compress_level=1)
+        return file.getvalue()
+
+
+def sheet(path: str, columns: int = 12, size: int = 64) -> None:
+    """Write a picture of pictures: a row a kind."""
+    pictures, gap = DemoImages(size=size), 2
+    rows = len(pictures.classes)
+    page = Image.new("RGB", (columns * (size + gap), rows * (size + gap)), "white")
+    for i in range(rows * columns):
+        tile = Image.open(io.BytesIO(pictures[i]))
+        page.paste(tile, (i // rows * (size + gap), i % rows * (size + gap)))
+    page.save(path)
+
+
+if __name__ == "__main__":
+    import sys
+    sheet(sys.argv[1])

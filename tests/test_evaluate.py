@@ -1,0 +1,97 @@
+"""evaluate.py: kNN against brute force, and the command on class folders."""
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from test_images import write_pictures
+from torchvision import transforms
+
+import checkpoint
+import evaluate
+from evaluate import Centred, knn
+from images import open_images
+from regnet import ARCHS, RegNet
+
+
+def test_knn_equals_its_definition():
+    torch.manual_seed(0)
+    features, queries = torch.randn(60, 5), torch.randn(23, 5)
+    labels = torch.randint(0, 4, (60,))
+    for k, temperature in ((1, 0.1), (5, 0.07), (60, 1.0), (100, 0.5)):
+        expected = []
+        for q in queries.double():
+            similarity = [(torch.dot(q, f) / q.norm() / f.norm()).item() for f in features.double()]
+            votes = [0.0] * 4
+            for i in sorted(range(60), key=lambda i: -similarity[i])[:k]:
+                votes[labels[i]] += math.exp(similarity[i] / temperature)
+            expected.append(votes.index(max(votes)))
+        for chunk in (1, 7, 1000):
+            assert knn(features, labels, queries, k, temperature, chunk).tolist() == expected
+
+
+def test_pictures_are_resized_and_cut_as_torchvision_does():
+    class One:
+        def __getitem__(self, i):
+            import io
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            return buffer.getvalue()
+
+    image = Image.radial_gradient("L").resize((90, 61)).convert("RGB")
+    published = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28),
+                                    transforms.PILToTensor()])
+    picture, ok = Centred(One(), 28)[0]
+    assert ok and torch.equal(picture, published(image))
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Red and blue pictures: what an untrained network tells apart too."""
+    folder = tmp_path / "colours"
+    for split, count in (("train", 12), ("val", 5)):
+        for colour in ("red", "blue"):
+            for i in range(count):
+                place = folder / split / colour / f"{i}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shade = Image.new("RGB", (40, 50), colour)
+                Image.blend(shade, Image.new("RGB", (40, 50), "white"), i / 50).save(place)
+    return folder
+
+
+def command(capsys, *argv):
+    evaluate.main([*map(str, argv)])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_command_ends_with_one_json_object(classes, tmp_path, capsys):
+    options = ["--data", classes, "--size=32", "--k=3", "--workers=0", "--device=cpu"]
+    result = command(capsys, "knn", "random", "--arch=regnety_100mf", *options)
+    assert result["top1"] == 100 and (result["train"], result["val"], result["k"]) == (24, 10, 3)
+    trunk = RegNet(ARCHS["regnety_100mf"])
+    checkpoint.save(tmp_path / "trunk.pt", trunk.state_dict())
+    assert command(capsys, "knn", tmp_path / "trunk.pt", "--arch=regnety_100mf", *options)["top1"] == 100
+    (classes / "val" / "red" / "0.png").write_bytes(b"")
+    assert command(capsys, "knn", tmp_path / "trunk.pt", "--arch=regnety_100mf", *options)["top1"] == 100
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["knn", "nowhere.pt"], "no such checkpoint"),
+    (["knn", "random"], "random needs --arch"),
+    (["knn", "random", "--arch=regnety_100mf", "--data=nowhere"], "no such folder"),
+    (["knn", "{trunk}"], "give --arch"),
+    (["knn", "{trunk}", "--arch=regnety_200mf"], "another network than regnety_200mf")])
+def test_bad_input_gets_one_sentence(tmp_path, capsys, argv, expected):
+    checkpoint.save(tmp_path / "trunk.pt", RegNet(ARCHS["regnety_100mf"]).state_dict())
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([word.format(trunk=tmp_path / "trunk.pt") for word in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and expected in error and "Traceback" not in error
+
+
+def test_splits_must_have_the_same_classes(classes, tmp_path):
+    write_pictures(classes / "val" / "green", 1)
+    with pytest.raises(ValueError, match="green"):
+        evaluate.open_splits(str(classes))
+    assert len(open_images(classes)) == 35

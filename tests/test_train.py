@@ -1,0 +1,304 @@
+"""train.py and checkpoint.py: runs from end to end, resumed, on two ranks, and with bad input."""
+import ast
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from ranks import run_ranks
+from test_images import write_pictures
+from torchvision.models.regnet import BlockParams
+
+import checkpoint
+import train
+from larc import LARC
+from regnet import ARCHS
+from swav import Queue
+from train import Config, configure
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--arch=regnety_100mf", "--recipe=demo", "--crops=2x32+2x16", "--head=32-16", "--prototypes=12",
+         "--batch-size=4", "--workers=0", "--log-every=1", "--precision=fp32", "--device=cpu"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """30 pictures at two depths, three of them broken."""
+    folder = tmp_path / "photos"
+    write_pictures(folder, 14, ".jpg", (40, 60))
+    write_pictures(folder / "more" / "deep", 13, ".png", (50, 34))
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "more" / "text.png").write_text("this is no picture")
+    (folder / "truncated.jpg").write_bytes((folder / "0000.jpg").read_bytes()[:400])
+    return folder
+
+
+def run(photos, out, *options):
+    train.main([f"--data={photos}", f"--out={out}", *SMALL, *options])
+
+
+def log_of(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines]
+
+
+def refuse(capsys, *argv):
+    """The one sentence with which a command line is turned down."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(argv))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------------------- end to end
+def test_a_folder_of_pictures_in_a_trained_trunk_out(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(photos, out, "--epochs=1.5", "--workers=1")
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "log.jsonl", "views.png", "checkpoint.pt", "trunk.pt"}
+    log = log_of(out)
+    assert [line["step"] for line in log] == list(range(1, 13)) and log[-1]["images"] == 48
+    named = " ".join(fault for line in log for fault in line["bad"])
+    assert all(name in named for name in ("empty.jpg", "text.png", "truncated.jpg"))
+    assert Image.open(out / "views.png").size == (4 * 34 + 2, 4 * 34 + 2)
+    printed = capsys.readouterr().out
+    assert "step 12/12" in printed and "batch 4 = 1 rank x 4" in printed and "trunk.pt" in printed
+
+    trunk = torchvision.models.RegNet(BlockParams.from_init_params(8, 24, 24.48, 2.54, 8, se_ratio=0.25))
+    trunk.fc = torch.nn.Identity()
+    trunk.load_state_dict(torch.load(out / "trunk.pt", weights_only=True), strict=True)
+
+    before = (out / "checkpoint.pt").read_bytes()
+    run(photos, out, "--epochs=1.5", "--workers=1")
+    assert "finished" in capsys.readouterr().out and (out / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_each_precision_trains(photos, tmp_path, precision):
+    run(photos, tmp_path / precision, "--steps=12", f"--precision={precision}", "--freeze-prototypes=1")
+    # fp16 begins with a loss scale that overflows: its first steps are skipped
+    assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / precision))
+    weights = torch.load(tmp_path / precision / "trunk.pt", weights_only=True)
+    fresh = train.build_model(configure({"recipe": "demo"})).trunk.state_dict()
+    assert {v.dtype for v in weights.values()} == {torch.float32, torch.int64}
+    assert not torch.equal(weights["stem.0.weight"], fresh["stem.0.weight"])
+
+
+def test_resumed_equals_uninterrupted_bitwise(photos, tmp_path, monkeypatch):
+    options = ["--steps=11", "--save-every=3", "--queue=12", "--freeze-prototypes=4"]
+    run(photos, tmp_path / "whole", *options)
+
+    def stop_at(step):
+        def stop(_, entry, __):
+            if entry["step"] == step:
+                raise KeyboardInterrupt
+        return stop
+
+    for step in (2, 5, 8):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, "report", stop_at(step))
+            run(photos, tmp_path / "parts", *options)
+    run(photos, tmp_path / "parts", *options, "--workers=1")
+    whole, parts = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    for key in ("step", "model", "optimizer", "scaler", "queue"):
+        assert equal(whole[key], parts[key]), key
+    assert whole["queue"]["filled"] == 12
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+# ----------------------------------------------------------------------------------- two ranks
+def steps_on_ranks(rank, world, steps, queue_length):
+    """Steps on this rank's part of joined batches, BatchNorm in eval mode, fp32."""
+    config = replace(configure({"recipe": "demo"}), head="32-16", prototypes=12, crops="2x32+2x16")
+    model = train.build_model(config).eval()
+    wrapped = train.wrap(model, torch.device("cpu"), world)
+    optimizer = LARC(model.parameters(), lr=1.0, weight_decay=1e-4)
+    queue, losses = Queue(queue_length // world, 16), []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        joined = [torch.randn(count, 8, 3, size, size, generator=generator)
+                  for count, size in ((2, 32), (2, 16))]                 # (count, B, 3, s, s)
+        crops = [c[:, rank * 8 // world:(rank + 1) * 8 // world].flatten(0, 1) for c in joined]
+        loss, _, _ = train.swav_step(config, wrapped, model.prototypes.weight, queue, crops)
+        optimizer.zero_grad()
+        loss.backward()
+        if step < 1:
+            model.freeze_prototypes()
+        optimizer.step()
+        model.normalize_prototypes()
+        losses.append(train.mean_over_ranks(loss.detach()).item())
+    return losses, model.state_dict()
+
+
+def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path):
+    losses, expected = steps_on_ranks(0, 1, 5, 16)
+    results = run_ranks(steps_on_ranks, tmp_path, 2, 5, 16)
+    for got, weights in results:
+        assert got == pytest.approx(losses, abs=1e-5)
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    fresh = train.build_model(replace(configure({"recipe": "demo"}), head="32-16", prototypes=12))
+    assert any((v - expected[k]).abs().max() > 1e-2 for k, v in fresh.state_dict().items())
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_torchrun_trains_and_resumes_on_another_number_of_ranks(photos, tmp_path):
+    out = tmp_path / "run"
+    options = [f"--data={photos}", f"--out={out}", *SMALL, "--steps=8", "--queue=8"]
+    result = torchrun(*options)
+    assert result.returncode == 0, result.stderr
+    assert "batch 4 = 2 ranks x 2" in result.stdout
+    named = {f.split(":")[0] for line in log_of(out) for f in line["bad"]}
+    assert named == {"empty.jpg", "truncated.jpg", os.path.join("more", "text.png")}
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert state["queue"]["embeddings"].shape == (2, 8, 16) and state["queue"]["filled"] == 8
+    # the same run, taken back by a step and finished by one process
+    checkpoint.save(out / "checkpoint.pt", state | {"step": 7})
+    train.main(options)
+    assert [line["step"] for line in log_of(out)] == list(range(1, 9))
+
+
+def test_a_batch_the_ranks_do_not_divide_is_refused(photos, tmp_path):
+    result = torchrun(f"--data={photos}", f"--out={tmp_path / 'run'}", *SMALL, "--batch-size=5", "--steps=1")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("train.py: error")]
+    assert errors == ["train.py: error: --batch-size 5 is not divisible by 2 processes; 4 is"]
+    assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------- bad input
+def test_bad_input_gets_one_sentence_and_touches_nothing(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    (tmp_path / "empty").mkdir()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.jpg").write_bytes(b"no")
+    common = [f"--out={out}", *SMALL, "--steps=1"]
+    good = [f"--data={photos}", *common]
+    for argv, expected in [
+            ([f"--data={tmp_path / 'nowhere'}", *common], "no such folder"),
+            ([f"--data={tmp_path / 'empty'}", *common], "no pictures in"),
+            ([f"--data={broken}", *common], "no readable picture"),
+            ([*good, "--arch=regnety_33gf"], "unknown arch 'regnety_33gf'; there is regnety_"),
+            ([*good, "--recipe=sear"], "unknown recipe 'sear'; there is seer"),
+            ([*good, "--crops=2x224+96"], "'96' is not COUNTxSIZE"),
+            ([*good, "--head=8192x256"], "head '8192x256' is not"),
+            ([*good, "--batch-size=0"], "--batch-size 0: needs at least 1"),
+            ([*good, "--epsilon=0"], "--epsilon 0.0: needs at least"),
+            ([*good, "--precision=int8"], "invalid choice: 'int8'"),
+            ([*good, "--device=tpu9"], "--device tpu9 cannot be used here"),
+            ([*good, "--stepz=1"], "unrecognized arguments"),
+            ([f"--data={photos}", f"--out={out}", "--recipe=seer", "--images=0"], "no length")]:
+        assert expected in refuse(capsys, *argv), argv
+        assert not out.exists()
+
+
+def test_another_runs_folder_is_not_overwritten(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(photos, out, "--steps=2")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    good = [f"--data={photos}", f"--out={out}", *SMALL]
+    assert "arch was regnety_100mf, not regnety_200mf" in refuse(
+        capsys, *good, "--steps=2", "--arch=regnety_200mf")
+    assert "steps was 2, not 3" in refuse(capsys, *good, "--steps=3")
+    (out / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:5000])
+    assert "damaged" in refuse(capsys, *good, "--steps=2")
+    torch.save({"weights": torch.ones(2)}, out / "checkpoint.pt")
+    assert "not a checkpoint of this program" in refuse(capsys, *good, "--steps=2")
+    for name in set(before) - {"checkpoint.pt"}:
+        assert (out / name).read_bytes() == before[name]
+
+
+def test_too_many_bad_pictures_end_the_run(tmp_path, capsys):
+    folder = tmp_path / "rubbish"
+    write_pictures(folder, 10)
+    for i in range(10):
+        (folder / f"bad{i}.jpg").write_text("no picture")
+    assert "could not be read" in refuse(
+        capsys, f"--data={folder}", f"--out={tmp_path / 'run'}", *SMALL, "--steps=20")
+
+
+# ------------------------------------------------------------------------------ configuration
+def test_every_field_of_the_configuration_is_read_somewhere():
+    tree = ast.parse((ROOT / "train.py").read_text())
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Load)
+            and isinstance(node.value, ast.Name) and node.value.id in ("config", "self")}
+    assert {field.name for field in fields(Config)} - read == set()
+
+
+def test_hyphens_and_underscores_are_alike():
+    for flag in ("--batch-size=64", "--batch_size=64"):
+        assert train.parse_arguments([flag]) == {"batch_size": 64}
+    assert train.parse_arguments(["--data", "my_pictures", "--head_bn"]) == {
+        "data": "my_pictures", "head_bn": True}
+
+
+def test_recipes_and_length():
+    assert configure({}).recipe == "demo" and configure({"arch": "regnety_16gf"}).recipe == "seer"
+    seer = configure({"arch": "regnety_256gf"}, world=8)
+    assert (seer.crops, seer.head, seer.prototypes, seer.batch_size) == (
+        "2x224+4x96", "8192-8192-256", 16000, 8192)
+    assert seer.peak_lr() == pytest.approx(9.6)
+    assert train.with_length(seer, 10 ** 9).steps == math.ceil(10 ** 9 / 8192)
+    for given, steps in (({"epochs": 2.0}, 20), ({"images": 700}, 7), ({"steps": 3}, 3),
+                         ({"steps": 30, "epochs": 2.0}, 20)):
+        config = configure({"batch_size": 100} | given)
+        assert train.with_length(config, 1000).steps == steps
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    config = Config(steps=100, warmup=0.1, lr=0.3, batch_size=512, final_lr=0.01)
+    rates = [config.lr_at(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.06 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(0.6) and max(rates) == pytest.approx(0.6)
+    assert rates[55] == pytest.approx(0.6 * (0.01 + 0.99 * 0.5))
+    assert rates[-1] == pytest.approx(0.006, rel=0.1) and rates == rates[:10] + sorted(rates[10:])[::-1]
+
+
+# -------------------------------------------------------------------------------- checkpoint.py
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"step": 1})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "fsync", fail)
+        checkpoint.save(path, {"step": 2})
+    assert checkpoint.load(path) == {"step": 1}
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    torch.save({"step": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(ValueError, match="damaged, or not a checkpoint"):
+        checkpoint.load(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
