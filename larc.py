@@ -1,13 +1,15 @@
 """LARC: SGD whose step is, for each tensor, a fixed share of that tensor's norm.
 
 Paper: "Large Batch Training of Convolutional Networks" (arXiv 1708.03888), in the form SwAV and
-SEER used (apex' LARC with clip=False around SGD with momentum). For each tensor p with gradient g:
-
-    g = (g + weight_decay p) * trust_coefficient |p| / (|g| + weight_decay |p| + eps)
-    v = momentum v + g;    p = p - lr v
+SEER used (apex' LARC with clip=False around SGD with momentum).
 
     optimizer = LARC(model.parameters(), lr=4.8, weight_decay=1e-6)
     loss.backward(); optimizer.step()
+
+For each tensor p with gradient g:
+
+    g = (g + weight_decay p) * trust_coefficient |p| / (|g| + weight_decay |p| + eps)
+    v = momentum v + g;    p = p - lr v
 
 Where |p| or |g| is zero, g is used as it is, without weight decay: a bias that starts at zero
 moves, and a tensor whose gradient is zero only coasts. A tensor without gradient (None) is skipped.
