@@ -150,7 +150,13 @@ def configure(given: dict, world: int = 1) -> Config:
     config = Config(**defaults | given | {"recipe": recipe})
     if config.arch not in ARCHS:
         raise ValueError(unknown("arch", config.arch, ARCHS))
-    parse_crops(config.crops), parse_head(config.head)
+    parse_head(config.head)
+    smallest = min(spec.size for spec in parse_crops(config.crops))
+    stages = len(ARCHS[config.arch].stages())
+    if smallest <= 2 ** stages:
+        # nothing to convolve; and oneDNN's bf16 gradient of that convolution is garbage (torch 2.15)
+        raise ValueError(f"--crops {config.crops}: {smallest} pixels are a single one before the "
+                         f"last of {config.arch}'s {stages} stages; use more than {2 ** stages}")
     for name, smallest in dict(batch_size=1, prototypes=1, epsilon=1e-3, temperature=1e-3, lr=0,
                                sinkhorn_iterations=1, log_every=1, save_every=1, queue=0).items():
         if getattr(config, name) < smallest:
@@ -481,11 +487,18 @@ def measure_demo(trunk: torch.nn.Module, size: int, device) -> None:
 
 
 def usage(config: Config, out: Path) -> str:
-    return f"""
-trunk: {out}/trunk.pt (torchvision's names). To use it elsewhere:
-    from regnet import ARCHS, RegNet
-    trunk = RegNet(ARCHS["{config.arch}"]).eval()
-    trunk.load_state_dict(torch.load("{out}/trunk.pt"))"""
+    """How to use the trunk elsewhere: with torchvision alone, where it has this network."""
+    params = ARCHS[config.arch]
+    if dataclasses.replace(params, rounding="torchvision").stages() == params.stages():
+        numbers = f"{params.depth}, {params.w_0}, {params.w_a}, {params.w_m}, {params.group_width}"
+        lines = ["import torch; from torchvision.models.regnet import BlockParams, RegNet",
+                 f"trunk = RegNet(BlockParams.from_init_params({numbers}, "
+                 f"se_ratio={params.se_ratio or None})); trunk.fc = torch.nn.Identity()"]
+    else:
+        lines = ["import torch; from regnet import ARCHS, RegNet",
+                 f"trunk = RegNet(ARCHS[{config.arch!r}])"]
+    lines.append(f"trunk.load_state_dict(torch.load({str(out / 'trunk.pt')!r})); trunk.eval()")
+    return f"\nthe trunk is {out / 'trunk.pt'}; to use it elsewhere:\n    " + "\n    ".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:

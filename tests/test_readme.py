@@ -14,7 +14,7 @@ BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "README.md").read_tex
 COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()
             if line.strip() and "pip install" not in line]
 SHORT = {  # what a command is given so that it ends in seconds: less of the same
-    "regnety_256gf": ["--arch=regnety_200mf", "--batch-size=4", "--crops=2x32+2x16", "--head=16-8",
+    "regnety_256gf": ["--arch=regnety_200mf", "--batch-size=4", "--crops=2x48+2x32", "--head=16-8",
                       "--prototypes=8", "--device=cpu"],
     "regnety_400mf": ["--batch-size=4", "--device=cpu"],
 }

@@ -14,12 +14,11 @@ import torchvision
 from PIL import Image
 from ranks import run_ranks
 from test_images import write_pictures
-from torchvision.models.regnet import BlockParams
 
 import checkpoint
 import train
 from larc import LARC
-from regnet import ARCHS
+from regnet import ARCHS, RegNet
 from swav import Queue
 from train import Config, configure
 
@@ -82,9 +81,14 @@ def test_a_folder_of_pictures_in_a_trained_trunk_out(photos, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "step 12/12" in printed and "batch 4 = 1 rank x 4" in printed and "trunk.pt" in printed
 
-    trunk = torchvision.models.RegNet(BlockParams.from_init_params(8, 24, 24.48, 2.54, 8, se_ratio=0.25))
-    trunk.fc = torch.nn.Identity()
-    trunk.load_state_dict(torch.load(out / "trunk.pt", weights_only=True), strict=True)
+    # the last lines of a run: how to use its trunk elsewhere, here with torchvision
+    namespace = {}
+    exec("\n".join(line.strip() for line in printed.splitlines()[-3:]), namespace)
+    theirs, ours = namespace["trunk"], train.build_model(configure({"recipe": "demo"})).trunk.eval()
+    ours.load_state_dict(torch.load(out / "trunk.pt", weights_only=True))
+    images = torch.randn(2, 3, 64, 64)
+    assert type(theirs) is torchvision.models.RegNet
+    torch.testing.assert_close(ours(images), theirs(images))
 
     before = (out / "checkpoint.pt").read_bytes()
     run(photos, out, "--epochs=1.5", "--workers=1")
@@ -205,6 +209,7 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(photos, tmp_path, capsy
             ([*good, "--arch=regnety_33gf"], "unknown arch 'regnety_33gf'; there is regnety_"),
             ([*good, "--recipe=sear"], "unknown recipe 'sear'; there is seer"),
             ([*good, "--crops=2x224+96"], "'96' is not COUNTxSIZE"),
+            ([*good, "--crops=2x32+2x8"], "8 pixels are a single one before the last of"),
             ([*good, "--head=8192x256"], "head '8192x256' is not"),
             ([*good, "--batch-size=0"], "--batch-size 0: needs at least 1"),
             ([*good, "--epsilon=0"], "--epsilon 0.0: needs at least"),
@@ -222,7 +227,7 @@ def test_another_runs_folder_is_not_overwritten(photos, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     good = [f"--data={photos}", f"--out={out}", *SMALL]
     assert "arch was regnety_100mf, not regnety_200mf" in refuse(
-        capsys, *good, "--steps=2", "--arch=regnety_200mf")
+        capsys, *good, "--steps=2", "--arch=regnety_200mf", "--crops=2x48+2x32")
     assert "steps was 2, not 3" in refuse(capsys, *good, "--steps=3")
     (out / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:5000])
     assert "damaged" in refuse(capsys, *good, "--steps=2")
@@ -248,6 +253,19 @@ def test_every_field_of_the_configuration_is_read_somewhere():
             and isinstance(node.ctx, ast.Load)
             and isinstance(node.value, ast.Name) and node.value.id in ("config", "self")}
     assert {field.name for field in fields(Config)} - read == set()
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHS))
+def test_the_printed_usage_is_of_the_right_network(arch):
+    lines = train.usage(configure({"arch": arch}), Path("run")).splitlines()[-3:]
+    if "torchvision" not in lines[0]:
+        assert replace(ARCHS[arch], rounding="torchvision").stages() != ARCHS[arch].stages()
+    elif ARCHS[arch].depth < 20 and ARCHS[arch].w_0 < 60:
+        namespace = {}
+        exec("\n".join(line.strip() for line in lines[:2]), namespace)
+        theirs = {k: v.shape for k, v in namespace["trunk"].state_dict().items()}
+        with torch.device("meta"):
+            assert theirs == {k: v.shape for k, v in RegNet(ARCHS[arch]).state_dict().items()}
 
 
 def test_hyphens_and_underscores_are_alike():
