@@ -19,12 +19,12 @@ import numpy
 from PIL import Image, ImageDraw
 
 SPLITS = {"train": 4096, "val": 1024}      # pictures by default
-GRID = 3                                   # a picture has about GRID x GRID things
-CLUTTER = 4
-BACKGROUND = 64
-THING = 160
-KEEP = .85
-LO, HI = .75, 1.15
+GRID = 3                                   # a picture shows about GRID x GRID things
+KEEP = 0.85                                # share of them that is drawn
+CLUTTER = 4                                # stray lines behind them
+BACKGROUND, THING = (0, 64), (160, 256)    # ranges of each colour channel
+PAINT = 1.4                                # area of a thing of radius 1: the same for all kinds, so
+                                           # that brightness does not give the kind away
 
 
 def _arc(start: float, stop: float, points: int) -> numpy.ndarray:
@@ -45,7 +45,7 @@ def _band(path: numpy.ndarray, width: float) -> numpy.ndarray:
 
 
 def _outlines() -> dict[str, numpy.ndarray]:
-    """Kind -> its outline: complex points around 0, scaled so that all kinds need as much paint."""
+    """Kind -> its outline: complex points around 0, scaled to the same area."""
     circle = _arc(0, 1, 25)
     square = 2 ** .5 * _arc(1 / 8, 9 / 8, 5)
     zig = numpy.array([-1.5, -.75 + .8j, 0, .75 + .8j, 1.5]) - .4j
@@ -67,7 +67,7 @@ def _outlines() -> dict[str, numpy.ndarray]:
     }
     for kind, z in outlines.items():
         paint = abs(numpy.sum(z.conj() * numpy.roll(z, -1)).imag) / 2          # shoelace formula
-        outlines[kind] = z * (1.4/ paint) ** .5
+        outlines[kind] = z * (PAINT / paint) ** 0.5
     return outlines
 
 
@@ -77,27 +77,26 @@ OUTLINES = _outlines()
 def picture(outline: numpy.ndarray, rng: numpy.random.Generator, size: int) -> Image.Image:
     """Things of one outline, scattered over a cluttered background -> an RGB picture."""
     side = 2 * size                        # drawn at twice the size, then halved: smooth edges
-    cloud = rng.integers(0, BACKGROUND, (5, 5, 3), dtype=numpy.uint8)
+    cloud = rng.integers(*BACKGROUND, (5, 5, 3), dtype=numpy.uint8)
     image = Image.fromarray(cloud).resize((side, side), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
 
     start = rng.random((CLUTTER, 2)) * side
-    ends = numpy.concatenate([start, start + rng.normal(0, side / 6, start.shape)], 1)
-    colours = rng.integers(0, 256, (CLUTTER, 3))
-    for line, colour in zip(ends.tolist(), colours.tolist()):
-        draw.line(line, fill=tuple(colour), width=side//40)
+    lines = numpy.concatenate([start, start + rng.normal(0, side / 6, start.shape)], 1)
+    for line, colour in zip(lines.tolist(), rng.integers(0, 256, (CLUTTER, 3)).tolist()):
+        draw.line(line, fill=tuple(colour), width=side // 40)
 
-    cell = side / GRID
-    rows, columns = numpy.divmod(numpy.arange((GRID+1) ** 2), GRID+1)
-    rows, columns = rows + rng.random()-.5, columns + rng.random()-.5
-    where = columns + 1j * rows  + (rng.uniform(-.25, .25, (2,len(rows))).T @ [1,1j])
-    pose = cell / 2 * rng.uniform(LO,HI, len(rows)) * numpy.exp(2j * numpy.pi * rng.random(len(rows)))
-    points = where[:, None] * cell + pose[:, None] * outline                     # (things, points)
-    colours = rng.integers(THING, 256, (len(rows), 3))
-    keep = rng.random(len(rows)) < KEEP
-    xy = numpy.stack([points.real, points.imag], 2).reshape(len(rows), -1)
-    for polygon, colour, k in zip(xy.tolist(), colours.tolist(), keep.tolist()):
-        if k: draw.polygon(polygon, fill=tuple(colour))
+    # a grid that overhangs the picture, shifted as a whole, each thing moved, sized and turned
+    cell, count = side / GRID, (GRID + 1) ** 2
+    rows, columns = numpy.divmod(numpy.arange(count), GRID + 1)
+    place = columns + 1j * rows + (rng.uniform(-0.5, 0.5, 2) @ [1j, 1])
+    place = place + rng.uniform(-0.25, 0.25, (count, 2)) @ [1, 1j]
+    pose = cell / 2 * rng.uniform(0.75, 1.15, count) * numpy.exp(2j * numpy.pi * rng.random(count))
+    points = place[:, None] * cell + pose[:, None] * outline             # (things, points)
+    polygons = numpy.stack([points.real, points.imag], 2).reshape(count, -1)
+    colours, keep = rng.integers(*THING, (count, 3)), rng.random(count) < KEEP
+    for polygon, colour in zip(polygons[keep].tolist(), colours[keep].tolist()):
+        draw.polygon(polygon, fill=tuple(colour))
     return image.reduce(2)
 
 
@@ -109,7 +108,7 @@ class DemoImages:
 
     def __init__(self, split: str = "train", count: int | None = None, seed: int = 0, size: int = 64):
         if split not in SPLITS:
-            raise ValueError(f"no such split of the demo pictures: {split!r}; there are {', '.join(SPLITS)}")
+            raise ValueError(f"no split {split!r} of the demo pictures, only {', '.join(SPLITS)}")
         self.split, self.seed, self.size = split, seed, size
         self.classes = list(OUTLINES)
         self.labels = numpy.arange(SPLITS[split] if count is None else count) % len(self.classes)
@@ -120,13 +119,11 @@ class DemoImages:
     def name(self, i: int) -> str:
         return f"{self.classes[self.labels[i]]}/{self.split}-{i:06d}.png"
 
-    def image(self, i):
-        kind = self.classes[self.labels[i]]
-        rng = numpy.random.default_rng([self.seed, list(SPLITS).index(self.split), i])
-        return picture(OUTLINES[kind], rng, self.size)
     def __getitem__(self, i: int) -> bytes:
+        rng = numpy.random.default_rng([self.seed, list(SPLITS).index(self.split), i])
         file = io.BytesIO()
-        self.image(i).save(file, "png", compress_level=1)
+        outline = OUTLINES[self.classes[self.labels[i]]]
+        picture(outline, rng, self.size).save(file, "png", compress_level=1)
         return file.getvalue()
 
 
