@@ -64,15 +64,16 @@ def _scaling(scores: Tensor, epsilon: float, iterations: int, group) -> Tensor:
     sums is taken, so an iteration reads the matrix once. exp2 is a cheaper instruction than exp.
     """
     problems, rows, prototypes = scores.shape
-    matrix = torch.empty(scores.shape, device=scores.device,
-                         dtype=torch.promote_types(scores.dtype, torch.float32))    # (A, B, K)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    matrix = torch.empty(scores.shape, dtype=wide, device=scores.device)            # (A, B, K)
     height = max(1, BLOCK // prototypes) if scores.device.type == "cpu" else rows
-    blocks = [(a, start, matrix[a, start:start + height])                # (height, K) each
+    blocks = [(a, scores[a, start:start + height], matrix[a, start:start + height])
               for a in range(problems) for start in range(0, rows, height)]
     columns = matrix.new_zeros(problems, prototypes)                     # (A, K)
-    for a, start, block in blocks:
-        block.copy_(scores[a, start:start + height]).mul_(math.log2(math.e) / epsilon).exp2_()
-        columns[a] += block.sum(0)                                       # u = 1
+    ones = matrix.new_ones(height)
+    for a, source, block in blocks:
+        torch.mul(source.to(wide), math.log2(math.e) / epsilon, out=block).exp2_()
+        columns[a].addmv_(block.t(), ones[:len(block)])                  # u = 1
     for _ in range(iterations - 1):
         v = rows / (prototypes * _sum_over_ranks(columns, group))
         columns = torch.zeros_like(v)
@@ -82,7 +83,7 @@ def _scaling(scores: Tensor, epsilon: float, iterations: int, group) -> Tensor:
     v = rows / (prototypes * _sum_over_ranks(columns, group))
     for a, _, block in blocks:
         block *= v[a]
-        block /= block.sum(1, keepdim=True)                              # the last u
+        block *= block.sum(1, keepdim=True).reciprocal_()                # the last u
     return matrix
 
 

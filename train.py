@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 train.py --arch regnety_256gf --data photos/
 
 Papers: SwAV (arXiv 2006.09882), SEER (2103.01988, 2202.08360). The method is in swav.py,
-sinkhorn.py, multicrop.py, larc.py and regnet.py; this file is the configuration, the distribution
-and the loop. The same command again resumes the run, or says that it is finished.
+sinkhorn.py, multicrop.py, larc.py and regnet.py, the options in recipes.py; this file is the
+distribution and the loop. The same command again resumes the run, or says that it is finished.
 
 A run's folder holds config.json, log.jsonl (one object a line), views.png (a batch as the network
 sees it), checkpoint.pt, and trunk.pt: the product, a state dict with torchvision's names.
@@ -18,15 +18,12 @@ if __name__ == "__main__":
     # 13 s instead of 1.6 s on a busy machine. OpenMP reads this once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import argparse
 import dataclasses
-import difflib
 import json
 import math
 import platform
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,153 +39,13 @@ from demo import DemoImages
 from images import Positions, Stream, collate, open_images
 from larc import LARC
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Photometric, parse_crops
+from recipes import Config, configure, parse_arguments, parse_head, with_length
 from regnet import ARCHS, RegNet
 from swav import Queue, SwAV, collapse_statistics, swav_codes, swav_loss
 
 MAX_BAD_SHARE = 0.1         # of the pictures read so far; above it the run ends
-
-
-def option(default, help: str, choices=None):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides a run. The defaults are SEER's (VISSL's configuration files)."""
-    data: str = option("", "folder of pictures, any depth; none: the built-in demo pictures")
-    out: str = option("", "folder of the run; none: runs/RECIPE-ARCH")
-    recipe: str = option("", "named set of defaults; none: seer with --arch, else demo")
-    arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS")
-    # length: whichever of these is given replaces the recipe's; of several, the shortest
-    steps: int = option(0, "length of the run in optimizer steps")
-    epochs: float = option(0.0, "length of the run in passes over the data")
-    images: int = option(0, "length of the run in pictures seen")
-    batch_size: int = option(8192, "pictures per step over all ranks (SEER: 8192)")
-    # pictures -> crops
-    crops: str = option("2x224+4x96", "COUNTxSIZE[@FROM-TO]+..., FROM-TO the share of the area")
-    strength: float = option(1.0, "strength of the colour jitter (SwAV: 1)")
-    gray: float = option(0.2, "probability of a gray crop (SwAV: 0.2)")
-    blur: float = option(0.5, "probability of a blurred crop (SwAV: 0.5)")
-    # crops -> scores -> loss
-    head: str = option("8192-8192-256", "widths of the projection head")
-    head_bn: bool = option(False, "BatchNorm in the head (SwAV, and SEER up to 32GF)")
-    prototypes: int = option(16000, "number of prototypes, K (SwAV: 3000)")
-    epsilon: float = option(0.05, "Sinkhorn's softness of the codes (SwAV: 0.05, SEER-10B: 0.03)")
-    sinkhorn_iterations: int = option(10, "Sinkhorn iterations (SwAV: 3)")
-    hard: bool = option(False, "one-hot codes")
-    temperature: float = option(0.1, "temperature of the predictions")
-    queue: int = option(0, "embeddings kept for Sinkhorn over all ranks; used once full; 0: none")
-    freeze_prototypes: int = option(313, "steps during which the prototypes stay as they began")
-    # optimizer
-    lr: float = option(0.3, "peak learning rate per 256 pictures of batch")
-    final_lr: float = option(0.001, "last learning rate of the cosine, as a share of the peak")
-    warmup: float = option(0.0655, "share of the run in which the learning rate rises from 0")
-    momentum: float = option(0.9, "momentum of SGD")
-    trust_coefficient: float = option(0.001, "LARC's step relative to a tensor's norm")
-    weight_decay: float = option(1e-5, "weight decay, BatchNorm and biases included (SwAV: 1e-6)")
-    # machine
-    precision: str = option("auto", "auto: bf16 on a GPU that has it, else fp32",
-                            ("auto", "bf16", "fp16", "fp32"))
-    device: str = option("", "cuda, mps or cpu; none: the best one here")
-    workers: int = option(-1, "processes per rank that decode; -1: its processors, on a CPU a quarter")
-    seed: int = option(0, "of weights, order, crops and distortions")
-    log_every: int = option(20, "steps between lines of log.jsonl")
-    save_every: int = option(500, "steps between checkpoints")
-
-    def peak_lr(self) -> float:
-        return self.lr * self.batch_size / 256
-
-    def lr_at(self, step: int) -> float:
-        """Linear warm-up, then half a cosine, by step."""
-        warmup = round(self.warmup * self.steps)
-        if step < warmup:
-            return self.peak_lr() * (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.steps - warmup)
-        floor = self.final_lr
-        return self.peak_lr() * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-RECIPES = {
-    # SEER's 256GF: one pass over a billion pictures
-    "seer": dict(images=1_000_000_000),
-    # 64-pixel pictures on two CPU cores in a few minutes
-    "demo": dict(arch="regnety_100mf", steps=600, batch_size=128,
-                 crops="2x64@0.25-1+4x32@0.08-0.25", strength=0.4, blur=0.0, head="512-64",
-                 head_bn=True, prototypes=64, sinkhorn_iterations=3, freeze_prototypes=0,
-                 lr=0.6, warmup=0.08, weight_decay=1e-6),
-}
 # what may change between the parts of one run
 FREE = ("out", "device", "workers", "log_every", "save_every")
-
-
-# ------------------------------------------------------------------------------ configuration
-def parse_arguments(argv: list[str]) -> dict:
-    """Command line -> the options given. Hyphens and underscores alike."""
-    parser = argparse.ArgumentParser(
-        description="Pretrain a RegNet with SwAV, as SEER was.", argument_default=argparse.SUPPRESS)
-    for field in dataclasses.fields(Config):
-        kwargs = dict(help=field.metadata["help"].replace("%", "%%") + f" (default: {field.default})")
-        if field.type is bool:
-            kwargs["action"] = argparse.BooleanOptionalAction
-        else:
-            kwargs |= dict(type=field.type, choices=field.metadata["choices"],
-                           metavar=None if field.metadata["choices"] else field.type.__name__.upper())
-        parser.add_argument("--" + field.name.replace("_", "-"), **kwargs)
-    flags = [arg.replace("_", "-", arg.split("=")[0].count("_")) if arg.startswith("--") else arg
-             for arg in argv]
-    return vars(parser.parse_args(flags))
-
-
-def configure(given: dict, world: int = 1) -> Config:
-    """Recipe and given options -> a complete configuration. Raises ValueError for a bad one."""
-    recipe = given.get("recipe") or ("seer" if "arch" in given else "demo")
-    if recipe not in RECIPES:
-        raise ValueError(unknown("recipe", recipe, RECIPES))
-    defaults = dict(RECIPES[recipe])
-    if {"steps", "epochs", "images"} & set(given):
-        defaults = {k: v for k, v in defaults.items() if k not in ("steps", "epochs", "images")}
-    config = Config(**defaults | given | {"recipe": recipe})
-    if config.arch not in ARCHS:
-        raise ValueError(unknown("arch", config.arch, ARCHS))
-    parse_head(config.head)
-    smallest = min(spec.size for spec in parse_crops(config.crops))
-    stages = len(ARCHS[config.arch].stages())
-    if smallest <= 2 ** stages:
-        # nothing to convolve; and oneDNN's bf16 gradient of that convolution is garbage (torch 2.15)
-        raise ValueError(f"--crops {config.crops}: {smallest} pixels are a single one before the "
-                         f"last of {config.arch}'s {stages} stages; use more than {2 ** stages}")
-    for name, smallest in dict(batch_size=1, prototypes=1, epsilon=1e-3, temperature=1e-3, lr=0,
-                               sinkhorn_iterations=1, log_every=1, save_every=1, queue=0).items():
-        if getattr(config, name) < smallest:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: "
-                             f"needs at least {smallest}")
-    for name in ("batch_size", "queue"):
-        if getattr(config, name) % world:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is not divisible "
-                             f"by {world} processes; {getattr(config, name) // world * world} is")
-    return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}")
-
-
-def unknown(what: str, name: str, known) -> str:
-    close = difflib.get_close_matches(name, known, n=3) or sorted(known)
-    return f"unknown {what} {name!r}; there is {', '.join(close)}"
-
-
-def parse_head(text: str) -> list[int]:
-    try:
-        return [int(width) for width in text.split("-")]
-    except ValueError:
-        raise ValueError(f"head {text!r} is not WIDTH-WIDTH-..., as in 8192-8192-256") from None
-
-
-def with_length(config: Config, num_images: int) -> Config:
-    """Resolve epochs and images into steps, once the number of pictures is known."""
-    lengths = [config.steps, math.ceil(config.images / config.batch_size),
-               math.ceil(config.epochs * num_images / config.batch_size)]
-    steps = min((length for length in lengths if length > 0), default=0)
-    if not steps:
-        raise ValueError("the run has no length: give --steps, --epochs or --images")
-    return dataclasses.replace(config, steps=steps)
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

@@ -10,11 +10,11 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import train
 from demo import DemoImages
 from evaluate import Centred, extract_features, knn
 from images import Positions, Stream, collate
 from multicrop import MultiCrop, Photometric, parse_crops
+from recipes import configure
 from regnet import ARCHS, RegNet
 
 TRAIN, VAL = DemoImages("train"), DemoImages("val")
@@ -62,7 +62,7 @@ def test_an_untrained_trunk_does_not_give_the_kind_away(seed):
 @pytest.mark.long
 def test_labels_make_them_easy():
     """The demo's trunk, trained with labels for no more pictures than the demo run has crops."""
-    config = train.configure({})
+    config = configure({})
     torch.manual_seed(0)
     trunk = RegNet(ARCHS["regnety_100mf"])
     model = torch.nn.Sequential(trunk, torch.nn.Linear(trunk.num_features, len(TRAIN.classes)))

@@ -18,9 +18,9 @@ from test_images import write_pictures
 import checkpoint
 import train
 from larc import LARC
+from recipes import Config, configure, parse_arguments, with_length
 from regnet import ARCHS, RegNet
 from swav import Queue
-from train import Config, configure
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--arch=regnety_100mf", "--recipe=demo", "--crops=2x32+2x16", "--head=32-16", "--prototypes=12",
@@ -248,8 +248,8 @@ def test_too_many_bad_pictures_end_the_run(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------ configuration
 def test_every_field_of_the_configuration_is_read_somewhere():
-    tree = ast.parse((ROOT / "train.py").read_text())
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+    trees = [ast.parse((ROOT / name).read_text()) for name in ("train.py", "recipes.py")]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)
             and isinstance(node.ctx, ast.Load)
             and isinstance(node.value, ast.Name) and node.value.id in ("config", "self")}
     assert {field.name for field in fields(Config)} - read == set()
@@ -270,8 +270,8 @@ def test_the_printed_usage_is_of_the_right_network(arch):
 
 def test_hyphens_and_underscores_are_alike():
     for flag in ("--batch-size=64", "--batch_size=64"):
-        assert train.parse_arguments([flag]) == {"batch_size": 64}
-    assert train.parse_arguments(["--data", "my_pictures", "--head_bn"]) == {
+        assert parse_arguments([flag]) == {"batch_size": 64}
+    assert parse_arguments(["--data", "my_pictures", "--head_bn"]) == {
         "data": "my_pictures", "head_bn": True}
 
 
@@ -281,11 +281,11 @@ def test_recipes_and_length():
     assert (seer.crops, seer.head, seer.prototypes, seer.batch_size) == (
         "2x224+4x96", "8192-8192-256", 16000, 8192)
     assert seer.peak_lr() == pytest.approx(9.6)
-    assert train.with_length(seer, 10 ** 9).steps == math.ceil(10 ** 9 / 8192)
+    assert with_length(seer, 10 ** 9).steps == math.ceil(10 ** 9 / 8192)
     for given, steps in (({"epochs": 2.0}, 20), ({"images": 700}, 7), ({"steps": 3}, 3),
                          ({"steps": 30, "epochs": 2.0}, 20)):
         config = configure({"batch_size": 100} | given)
-        assert train.with_length(config, 1000).steps == steps
+        assert with_length(config, 1000).steps == steps
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
