@@ -53,7 +53,8 @@ def bench_sinkhorn(repeats: int) -> None:
         ms = in_turn({"textbook": lambda: textbook_sinkhorn(scores, 0.05, 3),
                       "ours": lambda: sinkhorn(scores, 0.05, 3)}, repeats)
         ratios.append(ms["textbook"] / ms["ours"])
-        print(f"{rows:>6} {prototypes:>6} {ms['textbook']:>12.2f} {ms['ours']:>15.2f} {ratios[-1]:>6.2f}")
+        print(f"{rows:>6} {prototypes:>6} {ms['textbook']:>12.2f} {ms['ours']:>15.2f} "
+              f"{ratios[-1]:>6.2f}")
     print(f"median ratio {statistics.median(ratios):.2f}")
 
 

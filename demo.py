@@ -1,9 +1,9 @@
 """The built-in pictures: generated, deterministic, labelled for measuring only.
 
-Every picture scatters things of one kind (rings, stars, spirals, ...) over clutter. Things differ in
-place, size, turn and colour within a picture as much as between pictures; only the kind is shared by
-all crops of a picture. So it is what SwAV (arXiv 2006.09882) can find without labels, while pixels
-and untrained features see mostly the rest.
+Every picture scatters things of one kind (rings, stars, spirals, ...) over clutter. Things differ
+in place, size, turn and colour within a picture as much as between pictures; only the kind is
+shared by all crops of a picture. So it is what SwAV (arXiv 2006.09882) can find without labels,
+while pixels and untrained features see mostly the rest.
 
     pictures = DemoImages("train")                     # len(), [i] -> PNG bytes, .name(i), .labels
     Image.open(io.BytesIO(pictures[7])).show()         # a picture of pictures.classes[7]
@@ -106,7 +106,8 @@ class DemoImages:
     Raises ValueError for an unknown split.
     """
 
-    def __init__(self, split: str = "train", count: int | None = None, seed: int = 0, size: int = 64):
+    def __init__(self, split: str = "train", count: int | None = None, seed: int = 0,
+                 size: int = 64):
         if split not in SPLITS:
             raise ValueError(f"no split {split!r} of the demo pictures, only {', '.join(SPLITS)}")
         self.split, self.seed, self.size = split, seed, size

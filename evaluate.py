@@ -90,7 +90,8 @@ def extract_features(trunk: nn.Module, dataset: Centred, device="cpu", batch_siz
                      workers: int = 0) -> tuple[Tensor, Tensor]:
     """Features (N, C), float32 on the CPU, and which of the N pictures could be read (N,)."""
     trunk = trunk.to(device).eval()
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1)
+                 for x in (IMAGENET_MEAN, IMAGENET_STD))
     features, readable = [], []
     loader = DataLoader(dataset, batch_size, num_workers=workers)
     for pictures, ok in tqdm(loader, desc="features", disable=not sys.stderr.isatty()):
@@ -115,11 +116,11 @@ def knn(features: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperat
 
 def knn_accuracy(trunk: nn.Module, train, val, size: int, k: int = 20, temperature: float = 0.1,
                  device="cpu", crop_ratio: float = 0.875, workers: int = 0) -> float:
-    """Share of val pictures whose class kNN gets right; pictures that cannot be read are left out."""
+    """Share of val pictures that kNN classes right; those that cannot be read are left out."""
     sets = []
     for images in (train, val):
         if images.labels is None:
-            raise ValueError("knn needs pictures in class folders: train/CLASS/... and val/CLASS/...")
+            raise ValueError("knn needs pictures in class folders: train/CLASS/, val/CLASS/")
         features, ok = extract_features(trunk, Centred(images, size, crop_ratio), device,
                                         workers=workers)
         sets.append((features[ok], torch.as_tensor(numpy.asarray(images.labels))[ok]))
@@ -142,12 +143,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure a trunk.")
     parser.add_argument("what", choices=["knn"])
     parser.add_argument("checkpoint", help="run folder, checkpoint.pt, trunk.pt, or random")
-    parser.add_argument("--data", default="", help="folder with train/ and val/; none: demo pictures")
-    parser.add_argument("--arch", default="", help="name from regnet.ARCHS, where the file says none")
+    parser.add_argument("--data", default="", help="folder with train/ and val/; none: demo")
+    parser.add_argument("--arch", default="", help="a name from regnet.ARCHS, if the file says none")
     parser.add_argument("--size", type=int, default=0,
                         help="pixels; none: the size of the run's first crops, else 224")
     parser.add_argument("--crop-ratio", type=float, default=0.0,
-                        help="side of the central square over the short side; none: 0.875, demo 1")
+                        help="central square over short side; none: 0.875, demo 1")
     parser.add_argument("--k", type=int, default=20, help="neighbours (SEER: 200)")
     parser.add_argument("--temperature", type=float, default=0.1, help="of the votes (SEER: 0.1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -25,7 +25,7 @@ MAX_TRIES = 64                       # pictures tried for one position before gi
 
 
 def open_images(spec: str | os.PathLike) -> "Files":
-    """A folder of pictures of any depth -> dataset: len(), [i] -> bytes, .name(i), .labels, .classes.
+    """A folder of any depth -> dataset: len(), [i] -> bytes, .name(i), .labels, .classes.
 
     Raises ValueError where there is no such folder, or no file in it with a picture's suffix.
     """
@@ -126,7 +126,7 @@ class Stream(Dataset):
                 return *self.transform(self.images[index], seed), bad
             except Exception as error:       # decoders raise nearly anything on damaged files
                 bad.append(f"{self.images.name(index)}: {type(error).__name__}: {error}")
-        raise ValueError(f"no readable picture: {MAX_TRIES} in a row failed, the last one {bad[-1]}")
+        raise ValueError(f"no readable picture: {MAX_TRIES} in a row failed, the last {bad[-1]}")
 
 
 class Positions(Sampler):

@@ -72,8 +72,8 @@ def parse_crops(text: str) -> list[CropSpec]:
         scale = (float(match[3]), float(match[4])) if match[3] else (
             (0.14, 1.0) if i == 0 else (0.05, 0.14))
         if count < 1 or size <= BLUR_RADIUS or not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"crops {text!r}: {part!r} needs a count of at least 1, a size of more "
-                             f"than {BLUR_RADIUS} pixels and 0 < FROM <= TO <= 1")
+            raise ValueError(f"crops {text!r}: {part!r} needs a count of at least 1, a size of "
+                             f"more than {BLUR_RADIUS} pixels and 0 < FROM <= TO <= 1")
         specs.append(CropSpec(count, size, scale))
     return specs
 

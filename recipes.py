@@ -60,7 +60,7 @@ class Config:
     precision: str = option("auto", "auto: bf16 on a GPU that has it, else fp32",
                             ("auto", "bf16", "fp16", "fp32"))
     device: str = option("", "cuda, mps or cpu; none: the best one here")
-    workers: int = option(-1, "processes per rank that decode; -1: its processors, on a CPU a quarter")
+    workers: int = option(-1, "decoding processes per rank; -1: its processors, on a CPU a quarter")
     seed: int = option(0, "of weights, order, crops and distortions")
     log_every: int = option(20, "steps between lines of log.jsonl")
     save_every: int = option(500, "steps between checkpoints")
@@ -92,12 +92,13 @@ def parse_arguments(argv: list[str]) -> dict:
     parser = argparse.ArgumentParser(
         description="Pretrain a RegNet with SwAV, as SEER was.", argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
-        kwargs = dict(help=field.metadata["help"].replace("%", "%%") + f" (default: {field.default})")
+        text, choices = field.metadata["help"], field.metadata["choices"]
+        kwargs = dict(help=f"{text} (default: {field.default})".replace("%", "%%"))
         if field.type is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
         else:
-            kwargs |= dict(type=field.type, choices=field.metadata["choices"],
-                           metavar=None if field.metadata["choices"] else field.type.__name__.upper())
+            kwargs |= dict(type=field.type, choices=choices,
+                           metavar=None if choices else field.type.__name__.upper())
         parser.add_argument("--" + field.name.replace("_", "-"), **kwargs)
     flags = [arg.replace("_", "-", arg.split("=")[0].count("_")) if arg.startswith("--") else arg
              for arg in argv]
@@ -119,7 +120,7 @@ def configure(given: dict, world: int = 1) -> Config:
     smallest = min(spec.size for spec in parse_crops(config.crops))
     stages = len(ARCHS[config.arch].stages())
     if smallest <= 2 ** stages:
-        # nothing to convolve; and oneDNN's bf16 gradient of that convolution is garbage (torch 2.15)
+        # nothing to convolve; and oneDNN's bf16 gradient there is garbage (torch 2.11 and 2.15)
         raise ValueError(f"--crops {config.crops}: {smallest} pixels are a single one before the "
                          f"last of {config.arch}'s {stages} stages; use more than {2 ** stages}")
     for name, smallest in dict(batch_size=1, prototypes=1, epsilon=1e-3, temperature=1e-3, lr=0,

@@ -59,7 +59,8 @@ def pick_device(name: str, local_rank: int) -> torch.device:
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
     return device
 
 
@@ -143,14 +144,15 @@ def train(config: Config) -> None:
         checkpoint.load_run_state(state, model, optimizer, scaler, queue)
     wrapped = wrap(model, device, world)
 
-    loader = DataLoader(stream, collate_fn=collate, num_workers=share_processors(config, device),
-                        batch_sampler=Positions(start, config.steps, config.batch_size, rank, world),
+    positions = Positions(start, config.steps, config.batch_size, rank, world)
+    loader = DataLoader(stream, batch_sampler=positions, collate_fn=collate,
+                        num_workers=share_processors(config, device),
                         pin_memory=device.type == "cuda")
     if main:
         out.mkdir(parents=True, exist_ok=True)
         write_config(config, out)
         log = open_log(out / "log.jsonl", start)
-    bad_pictures, bad_total, waited, clock = [], 0, 0.0, time.perf_counter()
+    bad_pictures, bad_total, waited, logged, clock = [], 0, 0.0, start, time.perf_counter()
     steps = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step",
                  disable=not main or not sys.stderr.isatty())
     batches = iter(loader)
@@ -200,22 +202,23 @@ def train(config: Config) -> None:
                 entry = {"step": done, "images": done * config.batch_size, "loss": loss.item(),
                          "lr": config.lr_at(step),
                          **collapse_statistics(embeddings, scores, loss, config.temperature),
-                         "bad": bad_pictures, "seconds": seconds, "waited": waited}
+                         "bad": bad_pictures, "waited": waited / seconds,
+                         "images_per_second": (done - logged) * config.batch_size / seconds}
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
                 report(steps, entry, config)
             if bad_total > MAX_BAD_SHARE * (seen + bad_total) and bad_total >= 10:
                 raise ValueError(f"{bad_total} pictures in {seen} could not be read, more than "
                                  f"{MAX_BAD_SHARE:.0%}; {out}/log.jsonl names them")
-            bad_pictures, waited = [], 0.0
+            bad_pictures, waited, logged = [], 0.0, done
 
         # save
         if done % config.save_every == 0 or done == config.steps:
             run = checkpoint.run_state(done, dataclasses.asdict(config), model, optimizer, scaler,
                                        queue)
             if main:
-                checkpoint.save(out / "checkpoint.pt", run)
                 checkpoint.save(out / "trunk.pt", model.trunk.state_dict())
+                checkpoint.save(out / "checkpoint.pt", run)     # last: with it, the step counts
 
     if main:
         if not config.data:
@@ -291,17 +294,17 @@ def describe(config: Config, images, world: int, device, dtype, start: int) -> N
 
 def report(steps: tqdm, entry: dict, config: Config) -> None:
     """On a terminal beside the progress bar, else a line."""
-    rate = config.log_every * config.batch_size / entry["seconds"]
     text = (f"loss {entry['loss']:.3f} ({entry['loss_over_ln_k']:.2f} ln K)  prototypes "
-            f"{entry['prototypes_used']:.0%}  rank {entry['effective_rank']:.0f}  {rate:.0f} img/s")
-    if entry["waited"] > 0.3 * entry["seconds"]:
-        text += f"  input-bound {entry['waited'] / entry['seconds']:.0%}: more --workers help"
+            f"{entry['prototypes_used']:.0%}  rank {entry['effective_rank']:.0f}  "
+            f"{entry['images_per_second']:.0f} img/s")
+    if entry["waited"] > 0.3:
+        text += f"  input-bound {entry['waited']:.0%}: more --workers help"
     for fault in entry["bad"][:3]:
         tqdm.write(f"replaced a picture: {fault}")
     if len(entry["bad"]) > 3:
         tqdm.write(f"and {len(entry['bad']) - 3} more, named in log.jsonl")
     if steps.disable:
-        left = (config.steps - entry["step"]) * entry["seconds"] / config.log_every
+        left = (config.steps * config.batch_size - entry["images"]) / entry["images_per_second"]
         print(f"step {entry['step']}/{config.steps}  {text}  {left / 60:.1f} min left", flush=True)
     else:
         steps.set_postfix_str(text)

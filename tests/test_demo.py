@@ -10,6 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+import train
 from demo import DemoImages
 from evaluate import Centred, extract_features, knn
 from images import Positions, Stream, collate
@@ -67,17 +68,21 @@ def test_labels_make_them_easy():
     trunk = RegNet(ARCHS["regnety_100mf"])
     model = torch.nn.Sequential(trunk, torch.nn.Linear(trunk.num_features, len(TRAIN.classes)))
     model = model.to(memory_format=torch.channels_last)
+    cpu = torch.device("cpu")
+    dtype, workers = train.pick_precision("auto", cpu), train.share_processors(config, cpu)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     stream = Stream(TRAIN, MultiCrop(parse_crops("1x64@0.4-1"), 0.2, gray=0.0, blur=0.0), seed=0)
     photometric, positions = Photometric(), Positions(0, config.steps, 128)
-    loader = DataLoader(stream, batch_sampler=positions, collate_fn=collate, num_workers=1)
+    loader = DataLoader(stream, batch_sampler=positions, collate_fn=collate, num_workers=workers)
     for step, (batch, (crops, params, _)) in enumerate(zip(positions, loader)):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, step / 50) * (1 + math.cos(math.pi * step / config.steps)) / 2
         images = photometric(crops[0], params[0]).to(memory_format=torch.channels_last)
         labels = torch.tensor([TRAIN.labels[stream.index(position)] for position in batch])
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
     logits, _ = extract_features(model, Centred(VAL, 64, 1.0))
     top1 = (logits.argmax(1) == torch.from_numpy(VAL.labels)).float().mean().item()

@@ -45,7 +45,7 @@ def run(photos, out, *options):
 
 def log_of(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "waited")} for line in lines]
 
 
 def refuse(capsys, *argv):
