@@ -1,6 +1,6 @@
 """A checkpoint is whole or it is not there; complete state in, complete state out.
 
-    save("runs/demo/checkpoint.pt", run_state(step, config, model, optimizer, scaler, queue))
+    save("runs/demo/checkpoint.pt", run_state(step, config, ...))
     state = load("runs/demo/checkpoint.pt")            # tensors, numbers, strings; never code
     load_run_state(state, model, optimizer, scaler, queue)
 
@@ -42,10 +42,12 @@ def load(path: str | os.PathLike):
         raise ValueError(f"{path} is damaged, or not a checkpoint ({reason})") from None
 
 
-def run_state(step: int, config: dict, model: nn.Module, optimizer, scaler, queue) -> dict:
+def run_state(step: int, config: dict, num_images: int, model: nn.Module, optimizer, scaler,
+              queue) -> dict:
     """All that a run needs to go on after `step` steps. queue: a swav.Queue or None."""
-    state = {"version": VERSION, "step": step, "config": config, "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    state = {"version": VERSION, "step": step, "config": config, "num_images": num_images,
+             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "scaler": scaler.state_dict()}
     if queue is not None:
         parts = [queue.embeddings]
         if dist.is_initialized():
@@ -62,7 +64,8 @@ def load_run_state(state: dict, model: nn.Module, optimizer, scaler, queue) -> N
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise ValueError(f"the checkpoint is of another network: {error}") from None
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"the checkpoint is of another network: {reason}") from None
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     if queue is not None:

@@ -43,7 +43,9 @@ def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[RegNet, dict
         return RegNet(ARCHS[arch]).eval(), {}
     path = Path(source) / "trunk.pt" if Path(source).is_dir() else Path(source)
     state = checkpoint.load(path)
-    if "model" in state:
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{path} holds neither a run nor a trunk")
+    if {"model", "config"} <= state.keys():
         config = state["config"]
         state = {k.removeprefix("trunk."): v for k, v in state["model"].items()
                  if k.startswith("trunk.")}
@@ -51,7 +53,10 @@ def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[RegNet, dict
         beside = path.parent / "config.json"
         if not (arch or beside.exists()):
             raise ValueError(f"{path} does not say its arch and {beside} is missing: give --arch")
-        config = json.loads(beside.read_text())["config"] if beside.exists() else {}
+        try:
+            config = json.loads(beside.read_text())["config"] if beside.exists() else {}
+        except (ValueError, KeyError):
+            raise ValueError(f"{beside} is damaged: give --arch and move it away") from None
     name = arch or config["arch"]
     if name not in ARCHS:
         raise ValueError(f"unknown arch {name!r}; there is {', '.join(sorted(ARCHS))}")
@@ -115,17 +120,25 @@ def knn(features: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperat
 
 
 def knn_accuracy(trunk: nn.Module, train, val, size: int, k: int = 20, temperature: float = 0.1,
-                 device="cpu", crop_ratio: float = 0.875, workers: int = 0) -> float:
-    """Share of val pictures that kNN classes right; those that cannot be read are left out."""
+                 device="cpu", crop_ratio: float = 0.875, workers: int = 0) -> dict:
+    """kNN on val pictures from train pictures; those that cannot be read are left out.
+
+    Returns top1 (per cent), and how many train and val pictures were used and left out. Raises
+    ValueError where none is left, or where there are no labels.
+    """
     sets = []
     for images in (train, val):
         if images.labels is None:
             raise ValueError("knn needs pictures in class folders: train/CLASS/, val/CLASS/")
         features, ok = extract_features(trunk, Centred(images, size, crop_ratio), device,
                                         workers=workers)
+        if not ok.any():
+            raise ValueError("no picture could be read")
         sets.append((features[ok], torch.as_tensor(numpy.asarray(images.labels))[ok]))
     (train_x, train_y), (val_x, val_y) = sets
-    return (knn(train_x, train_y, val_x, k, temperature) == val_y).float().mean().item()
+    top1 = (knn(train_x, train_y, val_x, k, temperature) == val_y).float().mean().item()
+    return {"top1": round(100 * top1, 2), "train": len(train_x), "val": len(val_x),
+            "left_out": len(train) + len(val) - len(train_x) - len(val_x)}
 
 
 def open_splits(data: str):
@@ -144,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["knn"])
     parser.add_argument("checkpoint", help="run folder, checkpoint.pt, trunk.pt, or random")
     parser.add_argument("--data", default="", help="folder with train/ and val/; none: demo")
-    parser.add_argument("--arch", default="", help="a name from regnet.ARCHS, if the file says none")
+    parser.add_argument("--arch", default="", help="name from regnet.ARCHS, if the file says none")
     parser.add_argument("--size", type=int, default=0,
                         help="pixels; none: the size of the run's first crops, else 224")
     parser.add_argument("--crop-ratio", type=float, default=0.0,
@@ -155,19 +168,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     args = parser.parse_args(argv)
     try:
+        if args.k < 1 or not args.temperature > 0 or args.size < 0 or not 0 <= args.crop_ratio <= 1:
+            raise ValueError("needs --k >= 1, --temperature > 0, --size > 0, 0 < --crop-ratio <= 1")
         trunk, config = load_trunk(args.checkpoint, args.arch)
         size = args.size or (parse_crops(config["crops"])[0].size if config else 224)
         ratio = args.crop_ratio or (0.875 if args.data else 1.0)
         train, val = open_splits(args.data)
-        top1 = knn_accuracy(trunk, train, val, size, args.k, args.temperature, args.device, ratio,
-                            args.workers)
-    except ValueError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        trunk.to(args.device)
+        result = knn_accuracy(trunk, train, val, size, args.k, args.temperature, args.device,
+                              ratio, args.workers)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"evaluate.py: error: {reason}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps({"protocol": args.what, "checkpoint": args.checkpoint,
-                      "data": args.data or "demo", "top1": round(100 * top1, 2), "k": args.k,
-                      "temperature": args.temperature, "size": size, "crop_ratio": ratio,
-                      "train": len(train), "val": len(val)}))
+                      "data": args.data or "demo", **result, "k": args.k,
+                      "temperature": args.temperature, "size": size, "crop_ratio": ratio}))
 
 
 if __name__ == "__main__":

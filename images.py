@@ -33,10 +33,15 @@ def open_images(spec: str | os.PathLike) -> "Files":
     if not root.is_dir():
         raise ValueError(f"no such folder of pictures: {spec}")
     names = []
+    seen = set()                     # real folders, so that links cannot lead in circles
     for folder, subfolders, files in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
         subfolders.sort()
-        names += [os.path.relpath(os.path.join(folder, name), root)
-                  for name in sorted(files) if name.lower().endswith(SUFFIXES)]
+        names += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(files)
+                  if name.lower().endswith(SUFFIXES) and not name.startswith("._")]   # macOS's
     if not names:
         raise ValueError(f"no pictures in {spec}: looked at all depths for {', '.join(SUFFIXES)}")
     return Files(root, names)
@@ -98,12 +103,16 @@ def permute(position: int, n: int, key: int) -> int:
             return position
 
 
+class NoReadablePicture(ValueError):
+    """MAX_TRIES pictures in a row could not be read."""
+
+
 class Stream(Dataset):
     """Position in the endless stream -> a picture, transformed; bad pictures replaced.
 
     images: len() and [i] -> bytes, .name(i).  transform(bytes, seed) -> (crops, params).
     stream[position] -> (crops, params, bad), bad the names and faults of the pictures replaced.
-    Raises ValueError when MAX_TRIES pictures in a row cannot be read.
+    Raises NoReadablePicture when MAX_TRIES pictures in a row cannot be read.
     """
 
     def __init__(self, images, transform: Callable, seed: int):
@@ -125,8 +134,10 @@ class Stream(Dataset):
                 seed = mix(self.seed, position, attempt, 1)
                 return *self.transform(self.images[index], seed), bad
             except Exception as error:       # decoders raise nearly anything on damaged files
-                bad.append(f"{self.images.name(index)}: {type(error).__name__}: {error}")
-        raise ValueError(f"no readable picture: {MAX_TRIES} in a row failed, the last {bad[-1]}")
+                fault = f"{self.images.name(index)}: {type(error).__name__}: {error}"
+                bad.append(fault.encode(errors="backslashreplace").decode())    # printable
+        raise NoReadablePicture(f"no readable picture: {MAX_TRIES} in a row failed, the last one "
+                                f"{bad[-1]}")
 
 
 class Positions(Sampler):

@@ -55,8 +55,9 @@ class LARC(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             momenta.append(self.state[p]["momentum_buffer"])
         # (number of tensors,), on the device: one small vector instead of a scalar a tensor
-        p_norm = torch.stack(torch._foreach_norm(params, dtype=torch.float32))
-        g_norm = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
+        wide = torch.promote_types(params[0].dtype, torch.float32)
+        p_norm = torch.stack(torch._foreach_norm(params, dtype=wide))
+        g_norm = torch.stack(torch._foreach_norm(grads, dtype=wide))
         decay = group["weight_decay"]
         rate = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + group["eps"])
         adapted = (p_norm > 0) & (g_norm > 0)

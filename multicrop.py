@@ -86,9 +86,13 @@ def decode(data: bytes) -> Image.Image:
     except UnidentifiedImageError:                  # whose own message names a memory address
         raise ValueError(f"{len(data)} bytes that are no known kind of picture") from None
     image = ImageOps.exif_transpose(image)          # loads it
-    if image.mode.startswith("I"):                  # 16 bits: 65535 / 257 = 255
+    if image.mode.startswith(("I", "F")):           # one channel of more than 8 bits
         wide = numpy.asarray(image).astype(numpy.float32)
-        image = Image.fromarray((wide / 257).round().clip(0, 255).astype(numpy.uint8))
+        if image.mode.startswith("I;16") or wide.max() > 255:
+            wide = wide / 257                       # 16 bits: 65535 / 257 = 255
+        elif image.mode == "F" and wide.max() <= 1:
+            wide = wide * 255
+        image = Image.fromarray(wide.round().clip(0, 255).astype(numpy.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -25,6 +25,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ from tqdm import tqdm
 import checkpoint
 import evaluate
 from demo import DemoImages
-from images import Positions, Stream, collate, open_images
+from images import NoReadablePicture, Positions, Stream, collate, open_images
 from larc import LARC
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Photometric, parse_crops
 from recipes import Config, configure, parse_arguments, parse_head, with_length
@@ -44,6 +45,7 @@ from regnet import ARCHS, RegNet
 from swav import Queue, SwAV, collapse_statistics, swav_codes, swav_loss
 
 MAX_BAD_SHARE = 0.1         # of the pictures read so far; above it the run ends
+REMEDY = "lower --lr, or use --precision fp32; the last good checkpoint was kept"
 # what may change between the parts of one run
 FREE = ("out", "device", "workers", "log_every", "save_every")
 
@@ -55,7 +57,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda":
-            device = torch.device("cuda", local_rank)
+            device = torch.device("cuda", local_rank if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -66,9 +68,12 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        native = {"cuda": torch.cuda.is_bf16_supported,
-                  "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported}.get(device.type, lambda: False)
-        name = "bf16" if native() else "fp32"
+        if device.type == "cpu":            # not every build for a CPU has oneDNN
+            native = (torch.backends.mkldnn.is_available()
+                      and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        else:
+            native = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        name = "bf16" if native else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
@@ -104,35 +109,31 @@ def swav_step(config: Config, model, prototypes: torch.Tensor, queue: Queue | No
 
 
 # ------------------------------------------------------------------------------------ the run
-def train(config: Config) -> None:
+class Stop(Exception):
+    """The run cannot go on; the message says why, and what to try."""
+
+
+def setup(config: Config) -> SimpleNamespace:
+    """Everything the loop needs. Raises ValueError for what cannot be used; writes nothing before
+    that is known."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    main = rank == 0
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype = pick_precision(config.precision, device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # pictures
     images = open_images(config.data) if config.data else DemoImages("train")
     config = with_length(config, len(images))
     specs = parse_crops(config.crops)
     crop = MultiCrop(specs, config.strength, gray=config.gray, blur=config.blur)
     stream = Stream(images, crop, config.seed)
-    photometric = Photometric().to(device)
     stream[0]                                   # a folder without one readable picture fails here
 
-    # run
     out = Path(config.out)
-    state = resume(config, out)
+    state = resume(config, len(images), out)
     start = state["step"] if state else 0
-    if main:
-        describe(config, images, world, device, dtype, start)
-    if start >= config.steps:
-        if main:
-            print(f"{out} is finished: {start} steps. Another --out starts another run.")
-        return
-
-    # model
+    if len(set(gather_lists([start]))) > 1:
+        raise ValueError(f"the ranks do not see the same {out}/checkpoint.pt; it must be shared")
     model = build_model(config).to(device, memory_format=layout(device))
     optimizer = LARC(model.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
@@ -142,16 +143,27 @@ def train(config: Config) -> None:
         queue = Queue(config.queue // world, parse_head(config.head)[-1], device=device)
     if state:
         checkpoint.load_run_state(state, model, optimizer, scaler, queue)
-    wrapped = wrap(model, device, world)
 
-    positions = Positions(start, config.steps, config.batch_size, rank, world)
-    loader = DataLoader(stream, batch_sampler=positions, collate_fn=collate,
-                        num_workers=share_processors(config, device),
-                        pin_memory=device.type == "cuda")
-    if main:
+    if rank == 0:
+        describe(config, images, world, device, dtype, start)
         out.mkdir(parents=True, exist_ok=True)
         write_config(config, out)
-        log = open_log(out / "log.jsonl", start)
+    return SimpleNamespace(
+        config=config, out=out, start=start, rank=rank, world=world, device=device, dtype=dtype,
+        specs=specs, stream=stream, model=model, wrapped=wrap(model, device, world),
+        optimizer=optimizer, scaler=scaler, queue=queue)
+
+
+def train(run: SimpleNamespace) -> None:
+    """The loop. Raises Stop, and images.NoReadablePicture."""
+    config, start, model, device, queue = run.config, run.start, run.model, run.device, run.queue
+    optimizer, scaler, out, main = run.optimizer, run.scaler, run.out, run.rank == 0
+    photometric = Photometric().to(device)
+    positions = Positions(start, config.steps, config.batch_size, run.rank, run.world)
+    loader = DataLoader(run.stream, batch_sampler=positions, collate_fn=collate,
+                        num_workers=share_processors(config, device),
+                        pin_memory=device.type == "cuda")
+    log = open_log(out / "log.jsonl", start) if main else None
     bad_pictures, bad_total, waited, logged, clock = [], 0, 0.0, start, time.perf_counter()
     steps = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step",
                  disable=not main or not sys.stderr.isatty())
@@ -170,12 +182,12 @@ def train(config: Config) -> None:
         crops = [photometric(c.to(device, non_blocking=True), p).to(memory_format=layout(device))
                  for c, p in zip(crops, params)]
         if main and step == 0:
-            save_views(out / "views.png", crops, specs)
+            save_views(out / "views.png", crops, run.specs)
 
         # forward, codes, loss
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
             loss, embeddings, scores = swav_step(
-                config, wrapped, model.prototypes.weight, queue, crops)
+                config, run.wrapped, model.prototypes.weight, queue, crops)
 
         # backward, freeze, step, normalise
         optimizer.zero_grad(set_to_none=True)
@@ -196,8 +208,7 @@ def train(config: Config) -> None:
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             seen = (done - start) * config.batch_size
             if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {done}; lower --lr or "
-                                         "use --precision fp32; the last checkpoint is untouched")
+                raise Stop(f"the loss is {loss.item()}, not finite, at step {done}: {REMEDY}")
             if main:
                 entry = {"step": done, "images": done * config.batch_size, "loss": loss.item(),
                          "lr": config.lr_at(step),
@@ -208,35 +219,37 @@ def train(config: Config) -> None:
                 log.flush()
                 report(steps, entry, config)
             if bad_total > MAX_BAD_SHARE * (seen + bad_total) and bad_total >= 10:
-                raise ValueError(f"{bad_total} pictures in {seen} could not be read, more than "
-                                 f"{MAX_BAD_SHARE:.0%}; {out}/log.jsonl names them")
+                raise Stop(f"{bad_total} pictures in {seen} could not be read, more than "
+                           f"{MAX_BAD_SHARE:.0%}; {out}/log.jsonl names them")
             bad_pictures, waited, logged = [], 0.0, done
 
         # save
         if done % config.save_every == 0 or done == config.steps:
-            run = checkpoint.run_state(done, dataclasses.asdict(config), model, optimizer, scaler,
-                                       queue)
+            norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+            if not norms.isfinite().all():      # the same on all ranks
+                raise Stop(f"the weights are not finite at step {done}: {REMEDY}")
+            state = checkpoint.run_state(done, dataclasses.asdict(config), len(run.stream.images),
+                                         model, optimizer, scaler, queue)
             if main:
                 checkpoint.save(out / "trunk.pt", model.trunk.state_dict())
-                checkpoint.save(out / "checkpoint.pt", run)     # last: with it, the step counts
-
-    if main:
-        if not config.data:
-            measure_demo(model.trunk, specs[0].size, device)
-        print(usage(config, out))
+                checkpoint.save(out / "checkpoint.pt", state)   # last: with it, the step counts
 
 
 # -------------------------------------------------------------------------------- small print
-def resume(config: Config, out: Path) -> dict | None:
+def resume(config: Config, num_images: int, out: Path) -> dict | None:
     """The state to go on from, or None. Raises ValueError where the folder holds another run."""
-    if not (out / "checkpoint.pt").exists():
-        if (out / "config.json").exists():
-            check_same_run(json.loads((out / "config.json").read_text())["config"], config, out)
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        if (out / "trunk.pt").exists() and not (out / "config.json").exists():
+            raise ValueError(f"{out} holds a trunk.pt of something else; choose another --out")
         return None
-    state = checkpoint.load(out / "checkpoint.pt")
+    state = checkpoint.load(path)
     if not isinstance(state, dict) or state.get("version") != checkpoint.VERSION:
-        raise ValueError(f"{out}/checkpoint.pt is not a checkpoint of this program's version")
+        raise ValueError(f"{path} is not a checkpoint of this program's version")
     check_same_run(state["config"], config, out)
+    if state["num_images"] != num_images:
+        raise ValueError(f"{out} was trained on {state['num_images']} pictures and {config.data} "
+                         f"now holds {num_images}; restore them or choose another --out")
     return state
 
 
@@ -268,14 +281,25 @@ def write_config(config: Config, out: Path) -> None:
                    "platform": platform.platform(), "world": int(os.environ.get("WORLD_SIZE", 1))}
     text = json.dumps({"config": dataclasses.asdict(config), "version": checkpoint.VERSION,
                        "environment": environment}, indent=2)
-    (out / "config.json").write_text(text + "\n")
+    write_whole(out / "config.json", text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All or nothing: a crash leaves the old file or the new one."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 def open_log(path: Path, start: int):
     """Append after step `start`; lines of steps that were lost with a crash are dropped."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= start]
-    path.write_text("".join(line + "\n" for line in kept))
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            kept += [line + "\n"] if json.loads(line)["step"] <= start else []
+        except ValueError:                      # cut off by a crash
+            break
+    write_whole(path, "".join(kept))
     return open(path, "a")
 
 
@@ -314,10 +338,10 @@ def save_views(path: Path, crops: list[torch.Tensor], specs) -> None:
     """The first pictures of a batch as the network sees them: a row a picture, a column a crop."""
     rows = min(8, len(crops[0]) // specs[0].count)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    tiles = []
+    tiles, largest = [], max(spec.size for spec in specs)
     for spec, images in zip(specs, crops):
         pictures = images.float().cpu().unflatten(0, (spec.count, -1))[:, :rows] * std + mean
-        side = specs[0].size - spec.size
+        side = largest - spec.size
         pad = (side // 2, side - side // 2) * 2
         tiles.append(torch.nn.functional.pad(pictures, pad, value=1.0))
     tiles = torch.cat(tiles).transpose(0, 1).flatten(0, 1)           # (rows * V, 3, s, s)
@@ -341,9 +365,9 @@ def gather_lists(mine: list) -> list:
 
 def measure_demo(trunk: torch.nn.Module, size: int, device) -> None:
     """kNN on held-out demo pictures: the only place where their labels are read."""
-    top1 = evaluate.knn_accuracy(trunk, DemoImages("train"), DemoImages("val"), size,
-                                 device=device, crop_ratio=1.0)
-    print(f"kNN on {len(DemoImages('val')):,} held-out demo pictures: {top1:.1%}")
+    result = evaluate.knn_accuracy(trunk, DemoImages("train"), DemoImages("val"), size,
+                                   device=device, crop_ratio=1.0)
+    print(f"kNN on {result['val']:,} held-out demo pictures: {result['top1']:.1f} %")
 
 
 def usage(config: Config, out: Path) -> str:
@@ -361,16 +385,38 @@ def usage(config: Config, out: Path) -> str:
     return f"\nthe trunk is {out / 'trunk.pt'}; to use it elsewhere:\n    " + "\n    ".join(lines)
 
 
+def fail(error: Exception, rank: int) -> None:
+    """One sentence, exit code 2. A worker's error carries its traceback; its last line is the
+    sentence."""
+    reason = str(error).strip().splitlines()[-1].removeprefix("images.NoReadablePicture: ")
+    print(f"train.py: error: {f'rank {rank}: ' if rank else ''}{reason}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv: list[str] | None = None) -> None:
-    main_rank = os.environ.get("RANK", "0") == "0"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     given = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        train(configure(given, int(os.environ.get("WORLD_SIZE", 1))))
-    except (ValueError, FloatingPointError) as error:
-        if main_rank:
-            reason = str(error).strip().splitlines()[-1]     # a worker's error ends with it
-            print(f"train.py: error: {reason.removeprefix('ValueError: ')}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            config = configure(given, world)
+        except ValueError as error:             # the same on all ranks: one speaks
+            sys.exit(2) if rank else fail(error, rank)
+        try:
+            run = setup(config)
+        except (ValueError, OSError) as error:
+            fail(error, rank)
+        if run.start >= run.config.steps:
+            if rank == 0:
+                print(f"{run.out} is finished: {run.start} steps. --out starts another run.")
+            return
+        try:
+            train(run)
+        except (Stop, NoReadablePicture) as error:
+            fail(error, rank)
+        if rank == 0:
+            if not run.config.data:
+                measure_demo(run.model.trunk, run.specs[0].size, run.device)
+            print(usage(run.config, run.out))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -73,11 +73,14 @@ def test_the_command_ends_with_one_json_object(classes, tmp_path, capsys):
     checkpoint.save(tmp_path / "trunk.pt", trunk.state_dict())
     assert command(capsys, "knn", tmp_path / "trunk.pt", "--arch=regnety_100mf", *options)["top1"] == 100
     (classes / "val" / "red" / "0.png").write_bytes(b"")
-    assert command(capsys, "knn", tmp_path / "trunk.pt", "--arch=regnety_100mf", *options)["top1"] == 100
+    result = command(capsys, "knn", tmp_path / "trunk.pt", "--arch=regnety_100mf", *options)
+    assert (result["top1"], result["val"], result["left_out"]) == (100, 9, 1)
 
 
 @pytest.mark.parametrize("argv, expected", [
     (["knn", "nowhere.pt"], "no such checkpoint"),
+    (["knn", "{trunk}", "--k=0"], "needs --k >= 1"),
+    (["knn", "random", "--arch=regnety_100mf", "--device=foo"], "foo"),
     (["knn", "random"], "random needs --arch"),
     (["knn", "random", "--arch=regnety_100mf", "--data=nowhere"], "no such folder"),
     (["knn", "{trunk}"], "give --arch"),

@@ -1,5 +1,6 @@
 """images.py: sources, order, purity, replacement of bad pictures."""
 import io
+import os
 from collections import Counter
 
 import numpy
@@ -49,6 +50,19 @@ def test_a_folder_of_any_depth(tmp_path):
     assert names == sorted(names) and len(names) == 5
     assert images.classes == ["a ä", "b"] and images.labels.tolist() == [0, 0, 0, 1, 1]
     assert images[4] == (tmp_path / "b" / "deep" / "er" / "0001.PNG").read_bytes()
+
+
+def test_links_in_a_circle_and_names_that_are_no_text(tmp_path):
+    write_pictures(tmp_path / "a", 2)
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "._0000.png").write_bytes(b"not a picture: macOS keeps notes here")
+    assert len(open_images(tmp_path)) == 2
+    odd = os.fsencode(tmp_path / "a") + b"/caf\xe9.png"
+    with open(odd, "wb") as file:
+        file.write(b"broken")
+    stream = Stream(open_images(tmp_path), CROP, seed=0)
+    faults = [fault for position in range(20) for fault in stream[position][2]]
+    assert faults and all("caf" in fault.encode("utf-8").decode() for fault in faults)
 
 
 def test_pictures_in_the_root_have_no_labels(tmp_path):

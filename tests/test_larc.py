@@ -50,6 +50,17 @@ def test_resumed_from_its_state_it_goes_on_bitwise():
     assert torch.equal(whole, part)
 
 
+def test_float64_parameters():
+    case = CASES[0]
+    params = [torch.nn.Parameter(p.double()) for p in case["params"]]
+    optimizer = LARC(params, lr=case["lrs"][0], weight_decay=case["weight_decay"])
+    for p, grad in zip(params, case["grads"][0]):
+        p.grad = grad.double()
+    optimizer.step()
+    for p, value in zip(params, case["expected"][0]):
+        torch.testing.assert_close(p.detach(), value, rtol=0, atol=1e-12)
+
+
 def test_negative_settings_are_refused():
     with pytest.raises(ValueError):
         LARC([torch.nn.Parameter(torch.ones(1))], lr=-1.0)

@@ -74,6 +74,15 @@ def test_sixteen_bits_are_scaled_not_clipped(format):
     numpy.testing.assert_array_equal(got, (ramp / 257).round())
 
 
+@pytest.mark.parametrize("values, mode", [(numpy.linspace(0, 1, 64), "F"), (numpy.arange(64) * 4.0, "F"),
+                                          (numpy.arange(64) * 4, "I")])
+def test_other_single_channels_keep_their_range(values, mode):
+    image = Image.fromarray(values.reshape(8, 8).astype({"F": "float32", "I": "int32"}[mode]))
+    got = numpy.asarray(decode(encoded(image, "TIFF")))[..., 0]
+    expected = values * (255 if values.max() <= 1 else 1)
+    numpy.testing.assert_allclose(got, expected.reshape(8, 8), atol=0.51)
+
+
 def test_all_exif_orientations_are_turned_upright():
     upright = picture(48, 32)
     back = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,

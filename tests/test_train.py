@@ -17,7 +17,9 @@ from test_images import write_pictures
 
 import checkpoint
 import train
+from images import Stream, collate, open_images
 from larc import LARC
+from multicrop import MultiCrop, Photometric, parse_crops
 from recipes import Config, configure, parse_arguments, with_length
 from regnet import ARCHS, RegNet
 from swav import Queue
@@ -128,6 +130,60 @@ def test_resumed_equals_uninterrupted_bitwise(photos, tmp_path, monkeypatch):
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
 
 
+@pytest.mark.parametrize("options", [
+    [], ["--hard"], ["--queue=8"], ["--temperature=0.3", "--epsilon=0.2"], ["--freeze-prototypes=2"],
+    ["--weight-decay=0.1", "--lr=300", "--warmup=0.5", "--final-lr=0.3"], ["--sinkhorn-iterations=1"],
+    ["--momentum=0.5", "--trust-coefficient=0.002"], ["--strength=1", "--gray=0.9", "--blur=1"]])
+def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
+    """train.py's weights against a loop written out over the method's files, textbook style."""
+    options = ["--steps=4", "--lr=300", *options]
+    run(photos, tmp_path / "run", *options)
+    config = with_length(configure(parse_arguments([*SMALL, *options])), 30)
+    model = train.build_model(config).to(memory_format=torch.channels_last)
+    optimizer = LARC(model.parameters(), 0.0, config.momentum, config.weight_decay,
+                     config.trust_coefficient)
+    crop = MultiCrop(parse_crops(config.crops), config.strength, gray=config.gray, blur=config.blur)
+    stream, photometric = Stream(open_images(photos), crop, config.seed), Photometric()
+    begin, kept = {k: v.clone() for k, v in model.state_dict().items()}, []
+    for step in range(4):
+        warmup, peak = round(config.warmup * 4), config.lr * 4 / 256
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (4 - warmup)))
+        optimizer.param_groups[0]["lr"] = peak * (
+            (step + 1) / warmup if step < warmup else config.final_lr + (1 - config.final_lr) * cosine)
+        crops, params, _ = collate([stream[4 * step + i] for i in range(4)])
+        images = [photometric(c, p).to(memory_format=torch.channels_last) for c, p in zip(crops, params)]
+        embeddings, scores = model(images)
+        views, loss = scores.view(4, 4, 12), 0
+        history = torch.stack([torch.cat([h[a] for h in kept[::-1]]) for a in (0, 1)]) if kept else None
+        for a in (0, 1):
+            problem = views[a].detach()
+            if config.queue and step >= 2:
+                problem = torch.cat([problem, history[a][:8] @ model.prototypes.weight.detach().t()])
+            q = (problem / config.epsilon).exp()
+            for _ in range(config.sinkhorn_iterations):
+                q = q / q.sum(0, keepdim=True)
+                q = q / q.sum(1, keepdim=True)
+            q = q[:4]
+            if config.hard:
+                q = torch.nn.functional.one_hot(q.argmax(1), 12).float()
+            for v in {0, 1, 2, 3} - {a}:
+                loss = loss - (q * (views[v] / config.temperature).log_softmax(1)).sum(1).mean() / 6
+        kept.append(embeddings.detach().view(4, 4, -1)[:2])
+        optimizer.zero_grad()
+        loss.backward()
+        if step < config.freeze_prototypes:
+            model.prototypes.weight.grad = None
+        optimizer.step()
+        model.normalize_prototypes()
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["model"]
+    for part in ("trunk", "head", "prototypes"):
+        ours, plain, start = (torch.cat([p.flatten() for name, p in weights.items()
+                                         if name.startswith(part) and p.is_floating_point()])
+                              for weights in (saved, model.state_dict(), begin))
+        moved = (plain - start).norm()
+        assert moved > 1e-3 * start.norm() and (ours - plain).norm() < 0.03 * moved, part
+
+
 # ----------------------------------------------------------------------------------- two ranks
 def steps_on_ranks(rank, world, steps, queue_length):
     """Steps on this rank's part of joined batches, BatchNorm in eval mode, fp32."""
@@ -211,8 +267,11 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(photos, tmp_path, capsy
             ([*good, "--crops=2x224+96"], "'96' is not COUNTxSIZE"),
             ([*good, "--crops=2x32+2x8"], "8 pixels are a single one before the last of"),
             ([*good, "--head=8192x256"], "head '8192x256' is not"),
-            ([*good, "--batch-size=0"], "--batch-size 0: needs at least 1"),
+            ([*good, "--crops=1x32"], "at least two crops"),
+            ([*good, "--batch-size=0"], "--batch-size 0: needs at least 2"),
             ([*good, "--epsilon=0"], "--epsilon 0.0: needs at least"),
+            ([*good, "--lr=nan"], "--lr nan: needs"),
+            ([*good, "--gray=2"], "--gray 2.0: needs 0 to 1"),
             ([*good, "--precision=int8"], "invalid choice: 'int8'"),
             ([*good, "--device=tpu9"], "--device tpu9 cannot be used here"),
             ([*good, "--stepz=1"], "unrecognized arguments"),
@@ -235,6 +294,29 @@ def test_another_runs_folder_is_not_overwritten(photos, tmp_path, capsys):
     assert "not a checkpoint of this program" in refuse(capsys, *good, "--steps=2")
     for name in set(before) - {"checkpoint.pt"}:
         assert (out / name).read_bytes() == before[name]
+
+
+def test_a_run_that_never_saved_may_be_changed(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert "not finite" in refuse(capsys, f"--data={photos}", f"--out={out}", *SMALL, "--steps=4",
+                                  "--lr=1e30")
+    assert not (out / "checkpoint.pt").exists() and not (out / "trunk.pt").exists()
+    (out / "log.jsonl").write_text('{"step": 1, "cut off')
+    run(photos, out, "--steps=2")
+    assert [line["step"] for line in log_of(out)] == [1, 2]
+
+
+def test_other_peoples_files_and_changed_folders_are_noticed(photos, tmp_path, capsys):
+    good = [f"--data={photos}", *SMALL, "--steps=4"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "trunk.pt").write_text("mine")
+    assert "trunk.pt of something else" in refuse(capsys, *good, f"--out={tmp_path / 'mine'}")
+    (tmp_path / "file").write_text("mine")
+    refuse(capsys, *good, f"--out={tmp_path / 'file'}")
+    assert (tmp_path / "mine" / "trunk.pt").read_text() == (tmp_path / "file").read_text() == "mine"
+    run(photos, tmp_path / "run", "--steps=4")
+    (photos / "0001.jpg").unlink()
+    assert "was trained on 30 pictures" in refuse(capsys, *good, f"--out={tmp_path / 'run'}")
 
 
 def test_too_many_bad_pictures_end_the_run(tmp_path, capsys):
