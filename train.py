@@ -393,30 +393,37 @@ def fail(error: Exception, rank: int) -> None:
     sys.exit(2)
 
 
+def launch(config: Config, rank: int) -> None:
+    """One run, from its setup to the last line printed."""
+    try:
+        run = setup(config)
+    except (ValueError, OSError) as error:
+        fail(error, rank)
+    if run.start >= run.config.steps:
+        if rank == 0:
+            print(f"{run.out} is finished: {run.start} steps. --out starts another run.")
+        return
+    try:
+        train(run)
+    except (Stop, NoReadablePicture) as error:
+        fail(error, rank)
+    if rank == 0:
+        if not run.config.data:
+            measure_demo(run.model.trunk, run.specs[0].size, run.device)
+        print(usage(run.config, run.out))
+
+
 def main(argv: list[str] | None = None) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     given = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        try:
-            config = configure(given, world)
-        except ValueError as error:             # the same on all ranks: one speaks
-            sys.exit(2) if rank else fail(error, rank)
-        try:
-            run = setup(config)
-        except (ValueError, OSError) as error:
-            fail(error, rank)
-        if run.start >= run.config.steps:
-            if rank == 0:
-                print(f"{run.out} is finished: {run.start} steps. --out starts another run.")
-            return
-        try:
-            train(run)
-        except (Stop, NoReadablePicture) as error:
-            fail(error, rank)
-        if rank == 0:
-            if not run.config.data:
-                measure_demo(run.model.trunk, run.specs[0].size, run.device)
-            print(usage(run.config, run.out))
+        config = configure(given, world)
+    except ValueError as error:                 # the same on all ranks: one speaks
+        sys.exit(2) if rank else fail(error, rank)
+    try:
+        launch(config, rank)
+        if dist.is_initialized():
+            dist.barrier()      # leave together: a rank left behind was seen to hang in gloo
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
