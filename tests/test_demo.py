@@ -48,7 +48,9 @@ def test_raw_pixels_do_not_give_the_kind_away():
     (x, labels), (queries, truth) = pixels(TRAIN), pixels(VAL)
     mean, std = x.mean(0), x.std(0)
     for a, b in ((x, queries), (x - mean, queries - mean), ((x - mean) / std, (queries - mean) / std)):
-        assert (knn(a, labels, b) == truth).float().mean() <= 0.20
+        top1 = (knn(a, labels, b) == truth).float().mean().item()
+        print(f"raw pixels: {top1:.1%}")        # plain, centred, standardised
+        assert top1 <= 0.20
 
 
 @pytest.mark.parametrize("seed", [0, 1])
