@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-VERSION = 1
+VERSION = 2
 
 
 def save(path: str | os.PathLike, state) -> None:

@@ -2,13 +2,16 @@
 
     python evaluate.py knn runs/demo-regnety_100mf                       # on the demo pictures
     python evaluate.py knn runs/mine/checkpoint.pt --data flowers/       # flowers/train/CLASS/*.jpg
-    python evaluate.py knn random --arch regnety_400mf --data flowers/   # and flowers/val/CLASS/
+    python evaluate.py linear random --arch regnety_400mf --data flowers/   # flowers/val/CLASS/
 
 CHECKPOINT is a run's folder, its checkpoint.pt or its trunk.pt, or `random` for an untrained
-network. The last line on stdout is one JSON object; progress goes to stderr.
+network. The last line on stdout is one JSON object; progress goes to stderr. Each picture goes
+through the trunk once; all that follows works on its pooled features.
 
-knn: each val picture is classed by its k nearest train pictures in cosine similarity of the
-trunk's pooled features, with votes exp(similarity / temperature) (arXiv 1805.01978, section 3.4).
+knn: each val picture is classed by its k nearest train pictures in cosine similarity, with votes
+exp(similarity / temperature) (arXiv 1805.01978, section 3.4).
+linear: logistic regression on standardised features by L-BFGS; its weight decay is the one that
+does best on a fifth of the train pictures when fitted on the others.
 
 Shapes: N pictures, C features.
 """
@@ -17,6 +20,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple, Sequence
 
 import numpy
 import torch
@@ -30,7 +34,10 @@ import checkpoint
 from demo import DemoImages
 from images import open_images
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, decode, parse_crops
+from recipes import parse_channels
 from regnet import ARCHS, RegNet
+
+WEIGHT_DECAYS = [10.0 ** exponent for exponent in range(0, -7, -1)]      # of the linear probe
 
 
 def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[RegNet, dict]:
@@ -68,6 +75,11 @@ def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[RegNet, dict
     return trunk.eval(), config
 
 
+def normalisation(config: dict) -> dict:
+    """A run's configuration -> the mean and std its pictures were normalised with."""
+    return {name: parse_channels(config[name]) for name in ("mean", "std") if name in config}
+
+
 class Centred(Dataset):
     """Picture i -> its centre, uint8 (3, size, size), and whether it could be read.
 
@@ -90,22 +102,48 @@ class Centred(Dataset):
         return TF.pil_to_tensor(TF.center_crop(TF.resize(image, self.resize), self.size)), True
 
 
-@torch.inference_mode()
-def extract_features(trunk: nn.Module, dataset: Centred, device="cpu", batch_size: int = 256,
-                     workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Features (N, C), float32 on the CPU, and which of the N pictures could be read (N,)."""
+@torch.no_grad()
+def extract_features(trunk: nn.Module, pictures: Sequence[tuple[Tensor, bool]], device="cpu",
+                     batch_size: int = 256, workers: int = 0, mean=IMAGENET_MEAN,
+                     std=IMAGENET_STD) -> tuple[Tensor, Tensor]:
+    """Features (N, C), float32 on the CPU, and which of the N pictures could be read (N,).
+
+    pictures: a Centred dataset, or a list of what it gives. mean, std: those of the pretraining.
+    """
     trunk = trunk.to(device).eval()
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1)
-                 for x in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
     features, readable = [], []
-    loader = DataLoader(dataset, batch_size, num_workers=workers)
-    for pictures, ok in tqdm(loader, desc="features", disable=not sys.stderr.isatty()):
-        x = (pictures.to(device).float() / 255 - mean) / std
+    loader = DataLoader(pictures, batch_size, num_workers=workers)
+    for images, ok in tqdm(loader, desc="features", disable=not sys.stderr.isatty()):
+        x = (images.to(device).float() / 255 - mean) / std
         features.append(trunk(x).float().cpu())
         readable.append(ok)
     return torch.cat(features), torch.cat(readable)
 
 
+class Labelled(NamedTuple):
+    features: Tensor                     # (N, C)
+    labels: Tensor                       # (N,)
+
+
+def labelled_features(trunk: nn.Module, images, pictures, **options) -> Labelled:
+    """Features and labels of the pictures that could be read; options: of extract_features.
+
+    Raises ValueError where there are no labels, or no readable picture.
+    """
+    if images.labels is None:
+        raise ValueError("needs pictures in class folders: train/CLASS/, val/CLASS/")
+    features, ok = extract_features(trunk, pictures, **options)
+    if not ok.any():
+        raise ValueError("no picture could be read")
+    return Labelled(features[ok], torch.as_tensor(numpy.asarray(images.labels))[ok])
+
+
+def per_cent(predicted: Tensor, labels: Tensor) -> float:
+    return round(100 * (predicted == labels).float().mean().item(), 2)
+
+
+# ------------------------------------------------------------------------------------ protocols
 def knn(features: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.1,
         chunk: int = 1024) -> Tensor:
     """Weighted nearest neighbours: (N, C), (N,), (M, C) -> predicted labels (M,)."""
@@ -119,26 +157,70 @@ def knn(features: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperat
     return torch.cat(predictions)
 
 
-def knn_accuracy(trunk: nn.Module, train, val, size: int, k: int = 20, temperature: float = 0.1,
-                 device="cpu", crop_ratio: float = 0.875, workers: int = 0) -> dict:
-    """kNN on val pictures from train pictures; those that cannot be read are left out.
+def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: float,
+               start: Tensor | None = None, tolerance: float = 1e-5,
+               max_iterations: int = 500) -> Tensor:
+    """Minimise mean cross-entropy + weight_decay / 2 * |W|^2 by L-BFGS, in the features' dtype.
 
-    Returns top1 (per cent), and how many train and val pictures were used and left out. Raises
-    ValueError where none is left, or where there are no labels.
+    features: (N, C).  start: weights to begin from.  tolerance: largest entry of the gradient at
+    which it ends.  Returns (C + 1, classes): W, and below it the biases, which do not decay.
     """
-    sets = []
-    for images in (train, val):
-        if images.labels is None:
-            raise ValueError("knn needs pictures in class folders: train/CLASS/, val/CLASS/")
-        features, ok = extract_features(trunk, Centred(images, size, crop_ratio), device,
-                                        workers=workers)
-        if not ok.any():
-            raise ValueError("no picture could be read")
-        sets.append((features[ok], torch.as_tensor(numpy.asarray(images.labels))[ok]))
-    (train_x, train_y), (val_x, val_y) = sets
-    top1 = (knn(train_x, train_y, val_x, k, temperature) == val_y).float().mean().item()
-    return {"top1": round(100 * top1, 2), "train": len(train_x), "val": len(val_x),
-            "left_out": len(train) + len(val) - len(train_x) - len(val_x)}
+    weights = torch.zeros(features.shape[1] + 1, classes).to(features) if start is None else start
+    weights = weights.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=max_iterations, tolerance_grad=tolerance,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        decay = weight_decay / 2 * weights[:-1].square().sum()
+        loss = F.cross_entropy(linear(features, weights), labels) + decay
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach()
+
+
+def linear(features: Tensor, weights: Tensor) -> Tensor:
+    """(N, C), (C + 1, classes) -> logits (N, classes)."""
+    return torch.addmm(weights[-1], features, weights[:-1])
+
+
+def linear_probe(features: Tensor, labels: Tensor, queries: Tensor,
+                 decays: Sequence[float] = WEIGHT_DECAYS) -> tuple[Tensor, float]:
+    """Logistic regression: (N, C), (N,), (M, C) -> predicted labels (M,), chosen weight decay.
+
+    A fifth of the training pictures, drawn at random, chooses the weight decay (of equals, the
+    largest); then all of them are fitted with it. Raises ValueError for fewer than 5 pictures.
+    """
+    if len(features) < 5:
+        raise ValueError(f"linear needs at least 5 training pictures, not {len(features)}")
+    mean, std = features.mean(0), features.std(0)
+    std = torch.where(std > 1e-6 * std.max(), std, 1.0)      # a constant feature says nothing
+    x, queries = (features - mean) / std, (queries - mean) / std
+    classes = int(labels.max()) + 1
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    held_out, rest = order[:len(x) // 5], order[len(x) // 5:]
+    part, part_labels, held_out_x = x[rest], labels[rest], x[held_out]
+    weights, best = None, (-1.0, 0.0, None)             # of equals the first, the largest decay
+    for decay in sorted(decays, reverse=True):          # each fit begins where the last one ended
+        weights = fit_linear(part, part_labels, classes, decay, weights)
+        top1 = per_cent(linear(held_out_x, weights).argmax(1), labels[held_out])
+        best = max(best, (top1, decay, weights), key=lambda entry: entry[0])
+    _, decay, weights = best
+    return linear(queries, fit_linear(x, labels, classes, decay, weights)).argmax(1), decay
+
+
+def accuracy(protocol: str, train: Labelled, val: Labelled, k: int = 20,
+             temperature: float = 0.1) -> tuple[float, dict]:
+    """protocol: knn or linear -> top-1 on val in per cent, and the settings it was reached with."""
+    if protocol == "knn":
+        predicted = knn(*train, val.features, k, temperature)
+        settings = {"k": k, "temperature": temperature}
+    else:
+        predicted, decay = linear_probe(*train, val.features)
+        settings = {"weight_decay": decay}
+    return per_cent(predicted, val.labels), settings
 
 
 def open_splits(data: str):
@@ -154,10 +236,11 @@ def open_splits(data: str):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure a trunk.")
-    parser.add_argument("what", choices=["knn"])
+    parser.add_argument("what", choices=["knn", "linear"])
     parser.add_argument("checkpoint", help="run folder, checkpoint.pt, trunk.pt, or random")
     parser.add_argument("--data", default="", help="folder with train/ and val/; none: demo")
     parser.add_argument("--arch", default="", help="name from regnet.ARCHS, if the file says none")
+    parser.add_argument("--seed", type=int, default=0, help="of the network called random")
     parser.add_argument("--size", type=int, default=0,
                         help="pixels; none: the size of the run's first crops, else 224")
     parser.add_argument("--crop-ratio", type=float, default=0.0,
@@ -170,20 +253,24 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.k < 1 or not args.temperature > 0 or args.size < 0 or not 0 <= args.crop_ratio <= 1:
             raise ValueError("needs --k >= 1, --temperature > 0, --size > 0, 0 < --crop-ratio <= 1")
-        trunk, config = load_trunk(args.checkpoint, args.arch)
+        trunk, config = load_trunk(args.checkpoint, args.arch, args.seed)
         size = args.size or (parse_crops(config["crops"])[0].size if config else 224)
         ratio = args.crop_ratio or (0.875 if args.data else 1.0)
-        train, val = open_splits(args.data)
-        trunk.to(args.device)
-        result = knn_accuracy(trunk, train, val, size, args.k, args.temperature, args.device,
-                              ratio, args.workers)
+        splits = open_splits(args.data)
+        train, val = (labelled_features(
+            trunk, images, Centred(images, size, ratio), device=args.device, workers=args.workers,
+            **normalisation(config)) for images in splits)
+        top1, settings = accuracy(args.what, train, val, args.k, args.temperature)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         print(f"evaluate.py: error: {reason}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps({"protocol": args.what, "checkpoint": args.checkpoint,
-                      "data": args.data or "demo", **result, "k": args.k,
-                      "temperature": args.temperature, "size": size, "crop_ratio": ratio}))
+    used = len(train.labels), len(val.labels)
+    print(json.dumps({
+        "protocol": args.what, "checkpoint": args.checkpoint, "data": args.data or "demo",
+        "top1": top1, "train": used[0], "val": used[1],
+        "left_out": sum(map(len, splits)) - sum(used), **settings, "size": size,
+        "crop_ratio": ratio}))
 
 
 if __name__ == "__main__":

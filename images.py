@@ -13,7 +13,7 @@ and reported. No labels are read in training: `labels` serve to measure afterwar
 """
 import os
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, NamedTuple
 
 import numpy
 import torch
@@ -103,6 +103,39 @@ def permute(position: int, n: int, key: int) -> int:
             return position
 
 
+class Survey(NamedTuple):
+    """What a set of pictures is like, from a sample of them."""
+    count: int                           # pictures in the set
+    short_side: int                      # median, pixels
+    gray: float                          # share of pictures without colour
+    mean: tuple[float, float, float]     # of each channel, 0 to 1
+    std: tuple[float, float, float]
+
+
+def survey(images, decode: Callable, sample: int = 128) -> Survey:
+    """Look at a sample, the same at each call. decode(bytes) -> RGB picture, or raises.
+
+    Raises NoReadablePicture where none of the sample can be read.
+    """
+    sides, gray, moments, fault = [], [], [], None
+    for i in range(min(sample, len(images))):
+        try:
+            picture = decode(images[permute(i, len(images), 0)])
+        except Exception as error:       # decoders raise nearly anything on damaged files
+            fault = f"{images.name(permute(i, len(images), 0))}: {error}"
+            continue
+        sides.append(min(picture.size))
+        pixels = numpy.asarray(picture.resize((64, 64)), numpy.float64) / 255        # (64, 64, 3)
+        gray.append(numpy.ptp(pixels, axis=2).mean() < 0.01)
+        moments.append((pixels.mean((0, 1)), numpy.square(pixels).mean((0, 1))))
+    if not moments:
+        raise NoReadablePicture(f"no readable picture among {min(sample, len(images))}; {fault}")
+    mean, square = numpy.mean(moments, axis=0)                                       # each (3,)
+    std = numpy.sqrt((square - mean ** 2).clip(0.05 ** 2))       # pictures of one shade: not 0
+    return Survey(len(images), int(numpy.median(sides)), float(numpy.mean(gray)),
+                  tuple(mean.tolist()), tuple(std.tolist()))
+
+
 class NoReadablePicture(ValueError):
     """MAX_TRIES pictures in a row could not be read."""
 
@@ -110,7 +143,8 @@ class NoReadablePicture(ValueError):
 class Stream(Dataset):
     """Position in the endless stream -> a picture, transformed; bad pictures replaced.
 
-    images: len() and [i] -> bytes, .name(i).  transform(bytes, seed) -> (crops, params).
+    images: len() and [i] -> bytes, .name(i).
+    transform(bytes, seed, position) -> (crops, params), as a MultiCrop does.
     stream[position] -> (crops, params, bad), bad the names and faults of the pictures replaced.
     Raises NoReadablePicture when MAX_TRIES pictures in a row cannot be read.
     """
@@ -132,7 +166,7 @@ class Stream(Dataset):
             index = self.index(position, attempt)
             try:
                 seed = mix(self.seed, position, attempt, 1)
-                return *self.transform(self.images[index], seed), bad
+                return *self.transform(self.images[index], seed, position), bad
             except Exception as error:       # decoders raise nearly anything on damaged files
                 fault = f"{self.images.name(index)}: {type(error).__name__}: {error}"
                 bad.append(fault.encode(errors="backslashreplace").decode())    # printable

@@ -33,7 +33,7 @@ import io
 import math
 import random
 import re
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import numpy
 import torch
@@ -122,17 +122,19 @@ class MultiCrop:
     """One picture's crops and the parameters of their distortion.
 
     specs: from parse_crops.  strength: scales the colour jitter; 1 is SwAV's (brightness, contrast
-    and saturation by up to 0.8, hue by up to 0.2).  jitter, gray, blur, flip: probabilities.
+    and saturation by up to 0.8, hue by up to 0.2); or a function of the picture's position in the
+    stream, for a strength that changes over the run.  jitter, gray, blur, flip: probabilities.
     """
 
-    def __init__(self, specs: Sequence[CropSpec], strength: float = 1.0, jitter: float = 0.8,
-                 gray: float = 0.2, blur: float = 0.5, flip: float = 0.5):
+    def __init__(self, specs: Sequence[CropSpec], strength: float | Callable[[int], float] = 1.0,
+                 jitter: float = 0.8, gray: float = 0.2, blur: float = 0.5, flip: float = 0.5):
         self.specs = list(specs)
         self.strength, self.jitter, self.gray, self.blur, self.flip = (
             strength, jitter, gray, blur, flip)
 
-    def __call__(self, data: bytes, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        """data: an encoded picture.  seed: all randomness.
+    def __call__(self, data: bytes, seed: int,
+                 position: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+        """data: an encoded picture.  seed: all randomness.  position: in the stream of pictures.
 
         Returns, per size, uint8 crops (count, 3, size, size) and float32 params (count, P).
         """
@@ -144,14 +146,15 @@ class MultiCrop:
                 box = random_box(*image.size, scale, rng)
                 cut.append(numpy.asarray(image.crop(box).resize((size, size), Image.BILINEAR)))
             crops.append(torch.from_numpy(numpy.stack(cut)).permute(0, 3, 1, 2).contiguous())
-            params.append(torch.tensor([self.draw(rng) for _ in range(count)]))
+            params.append(torch.tensor([self.draw(rng, position) for _ in range(count)]))
         return crops, params
 
-    def draw(self, rng: random.Random) -> list[float]:
+    def draw(self, rng: random.Random, position: int = 0) -> list[float]:
         """One crop's distortion, in the order of PARAMS."""
-        jitter, colour = rng.random() < self.jitter, 0.8 * self.strength
+        strength = self.strength(position) if callable(self.strength) else self.strength
+        jitter, colour = rng.random() < self.jitter, 0.8 * strength
         factors = [rng.uniform(max(0.0, 1 - colour), 1 + colour) for _ in range(3)]
-        hue = rng.uniform(-0.2, 0.2) * self.strength
+        hue = rng.uniform(-0.2, 0.2) * strength
         turns = rng.sample(range(4), 4)
         flip, gray, blur = (rng.random() < p for p in (self.flip, self.gray, self.blur))
         sigma = rng.uniform(0.1, 2.0)

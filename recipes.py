@@ -1,10 +1,11 @@
 """Recipes: everything that decides a run, its defaults with their sources, and the command line.
 
     config = configure({"arch": "regnety_16gf", "batch_size": 256})     # recipe seer, two changes
-    config = configure(parse_arguments(["--epochs", "10", "--data", "photos/"]))
+    config = configure(parse_arguments(["--data", "photos/"]), images=open_images("photos/"))
 
 `Config` is one frozen dataclass; the command line is generated from its fields. A recipe is a
 named set of defaults, so a new one is a line in RECIPES. What a user gives wins over the recipe.
+Recipe `small` is a rule instead: it looks at the pictures, and gives a reason for each setting.
 
 Sources: SwAV (arXiv 2006.09882), SEER (2103.01988, 2202.08360), and VISSL's configuration files.
 """
@@ -14,7 +15,9 @@ import difflib
 import math
 from dataclasses import dataclass
 
-from multicrop import parse_crops
+from demo import DemoImages
+from images import Survey, survey
+from multicrop import decode, parse_crops
 from regnet import ARCHS
 
 
@@ -29,7 +32,8 @@ class Config:
     """Everything that decides a run. The defaults are SEER's (VISSL's configuration files)."""
     data: str = option("", "folder of pictures, any depth; none: the built-in demo pictures")
     out: str = option("", "folder of the run; none: runs/RECIPE-ARCH")
-    recipe: str = option("", "named set of defaults; none: seer with --arch, else demo")
+    recipe: str = option("", "named set of defaults; none: small for fewer than 100,000 pictures "
+                         "of your own, seer for more or with --arch alone, else demo")
     arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS")
     # length: whichever of these is given replaces the recipe's; of several, the shortest
     steps: int = option(0, "length of the run in optimizer steps", 0)
@@ -39,8 +43,12 @@ class Config:
     # pictures -> crops
     crops: str = option("2x224+4x96", "COUNTxSIZE[@FROM-TO]+..., FROM-TO the share of the area")
     strength: float = option(1.0, "strength of the colour jitter (SwAV: 1)", 0)
+    strength_from: float = option(0.0, "strength at the start, where it rises", 0)
+    strength_rise: float = option(0.0, "share of the run in which the strength rises", 0, 1)
     gray: float = option(0.2, "probability of a gray crop (SwAV: 0.2)", 0, 1)
     blur: float = option(0.5, "probability of a blurred crop (SwAV: 0.5)", 0, 1)
+    mean: str = option("0.485,0.456,0.406", "channel means to subtract (ImageNet's)")
+    std: str = option("0.229,0.224,0.225", "channel deviations to divide by (ImageNet's)")
     # crops -> scores -> loss
     head: str = option("8192-8192-256", "widths of the projection head")
     head_bn: bool = option(False, "BatchNorm in the head (SwAV, and SEER up to 32GF)")
@@ -71,9 +79,18 @@ class Config:
     def peak_lr(self) -> float:
         return self.lr * self.batch_size / 256
 
+    def warmup_steps(self) -> int:
+        return round(self.warmup * self.steps)
+
+    def strength_at(self, position: int) -> float:
+        """Strength of the colour jitter for the picture at a position of the stream."""
+        progress = position // self.batch_size / max(1, self.strength_rise * self.steps)
+        rise = min(1.0, progress) if self.strength_rise else 1.0
+        return self.strength_from + rise * (self.strength - self.strength_from)
+
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then half a cosine, by step."""
-        warmup = round(self.warmup * self.steps)
+        warmup = self.warmup_steps()
         if step < warmup:
             return self.peak_lr() * (step + 1) / warmup
         progress = (step - warmup) / max(1, self.steps - warmup)
@@ -85,11 +102,65 @@ RECIPES = {
     # SEER's 256GF: one pass over a billion pictures
     "seer": dict(images=1_000_000_000),
     # 64-pixel pictures on two CPU cores in a few minutes
-    "demo": dict(arch="regnety_100mf", steps=400, batch_size=128,
+    "demo": dict(arch="regnety_100mf", steps=500, batch_size=128,
                  crops="2x64@0.25-1+4x32@0.08-0.25", strength=0.2, gray=0.0, blur=0.0,
                  head="256-64", head_bn=True, prototypes=64, epsilon=0.03, sinkhorn_iterations=3,
                  freeze_prototypes=0, lr=4.8, warmup=0.08, weight_decay=1e-6),
 }
+LENGTHS = {"steps", "epochs", "images"}
+SMALL = 100_000             # pictures; with fewer, recipe small
+SMALL_PEAK = 2.4            # its peak learning rate
+
+
+def small(pictures: Survey, given: dict, world: int = 1) -> dict[str, tuple[object, str]]:
+    """The rule for a set of fewer than 100,000 pictures: option -> its value, and the reason.
+
+    given: the options given; the batch and the number of prototypes decide others.  world: number
+    of processes, which divides the batch.  The numbers behind the reasons are in the README, "When
+    it does not learn" and "What was tried". Raises ValueError for fewer than 8 pictures.
+    """
+    count, side = pictures.count, pictures.short_side
+    if count < 8:
+        raise ValueError(f"{count} picture{'s' * (count > 1)} cannot be told apart by clusters; "
+                         "recipe small needs at least 8, and some hundreds to learn something")
+    batch = given.get("batch_size") or max(2, min(128, count // 2) // world) * world
+    most = min(max(128, count // 64), count // 4, 512)
+    prototypes = given.get("prototypes") or 2 ** int(math.log2(most))
+    queue = 0 if prototypes <= 2 * batch else math.ceil(2 * prototypes / batch - 1) * batch
+    steps = max(400, round(25 * count / batch))
+    mean, std = (",".join(f"{x:.3f}" for x in values) for values in (pictures.mean, pictures.std))
+    if side < 48:
+        crops = ("2x64@0.4-1+4x32@0.15-0.4",
+                 f"your pictures have {side} pixels: enlarged; larger areas (not measured)")
+    else:
+        crops = ("2x64@0.25-1+4x32@0.08-0.25",
+                 "seen in minutes by a small trunk; 2x128+4x64 shows more, at 4 times the cost")
+    return {
+        "arch": ("regnety_100mf", "learns in minutes on two processors; any other may be named"),
+        "batch_size": (batch, "half of the pictures, but at most 128: a step takes half a second"),
+        "steps": (steps, "25 epochs, but at least 400 steps: all sets tried had left ln K by then"),
+        "crops": crops,
+        "strength": (0.2, "weak: it decides most. At SwAV's 1 small sets stay at ln K"),
+        "strength_rise": (0.0, "constant from the start: @@RISE@@"),
+        "gray": (0.0, "your pictures are gray already" if pictures.gray > 0.5 else
+                 "colour tells pictures apart; gray 0.2 and blur 0.5 cost 4 points of kNN"),
+        "blur": (0.0, "so does detail, and crops of 32 pixels have little"),
+        "mean": (mean, "measured on a sample of your pictures"),
+        "std": (std, "measured on a sample of your pictures"),
+        "head": ("256-64", "a small trunk needs no larger one (not measured)"),
+        "head_bn": (True, "as SwAV; 4 points of kNN better than without"),
+        "prototypes": (prototypes, "a power of two: one to 64 pictures, but at least 128; at most "
+                                   "one to 4 pictures, and 512"),
+        "queue": (queue, "with the batch, two pictures to a prototype" if queue else
+                  "none: the batch has a picture for every two prototypes or more"),
+        "epsilon": (0.03, "crisper codes than SwAV's 0.05 leave ln K sooner"),
+        "sinkhorn_iterations": (3, "as SwAV"),
+        "freeze_prototypes": (0, "a short run has no steps to give away"),
+        "lr": (SMALL_PEAK * 256 / batch, f"a peak of {SMALL_PEAK:g} for any batch, with LARC; at "
+                                         "a sixteenth of it the demo stays at ln K"),
+        "warmup": (0.08, "short, as the run is"),
+        "weight_decay": (1e-6, "as SwAV"),
+    }
 
 
 def parse_arguments(argv: list[str]) -> dict:
@@ -107,19 +178,53 @@ def parse_arguments(argv: list[str]) -> dict:
             kwargs |= dict(type=field.type, choices=choices,
                            metavar=None if choices else field.type.__name__.upper())
         parser.add_argument(flag(field.name), **kwargs)
+    parser.add_argument("--explain", action="store_true", default=argparse.SUPPRESS,
+                        help="print the recipe's settings, with its reasons, and stop")
+    parser.add_argument("--plot", nargs="+", metavar="RUN",
+                        help="draw the loss of these runs' folders, and stop (needs matplotlib)")
     flags = [arg.replace("_", "-", arg.split("=")[0].count("_")) if arg.startswith("--") else arg
              for arg in argv]
     return vars(parser.parse_args(flags))
 
 
-def configure(given: dict, world: int = 1) -> Config:
-    """Recipe and given options -> a complete configuration. Raises ValueError for a bad one."""
-    recipe = given.get("recipe") or ("seer" if "arch" in given else "demo")
+def choose_recipe(given: dict, images) -> str:
+    if given.get("recipe"):
+        return given["recipe"]
+    if given.get("data") and images is not None:
+        if len(images) < SMALL:
+            return "small"
+        if "arch" not in given:
+            raise ValueError(f"{len(images):,} pictures are more than recipe small is made for: "
+                             "name a network for recipe seer (--arch regnety_16gf), or insist "
+                             "(--recipe small)")
+    return "seer" if "arch" in given else "demo"
+
+
+def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[object, str]]]:
+    """The recipe's name, and its options with their values and reasons."""
+    recipe = choose_recipe(given, images)
+    if recipe == "small":
+        pictures = survey(DemoImages() if images is None else images, decode)
+        return recipe, small(pictures, given, world)
     if recipe not in RECIPES:
-        raise ValueError(unknown("recipe", recipe, RECIPES))
-    defaults = dict(RECIPES[recipe])
-    if {"steps", "epochs", "images"} & set(given):
-        defaults = {k: v for k, v in defaults.items() if k not in ("steps", "epochs", "images")}
+        raise ValueError(unknown("recipe", recipe, [*RECIPES, "small"]))
+    about = {field.name: field.metadata["help"] for field in dataclasses.fields(Config)}
+    return recipe, {name: (value, about[name]) for name, value in RECIPES[recipe].items()}
+
+
+def configure(given: dict, world: int = 1, images=None) -> Config:
+    """Recipe and given options -> a complete configuration. Raises ValueError for a bad one.
+
+    images: the dataset of --data; it decides the recipe where none is given, and recipe small
+    looks at its pictures.
+    """
+    return complete(given, world, *rule_for(given, world, images))
+
+
+def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
+    defaults = {name: value for name, (value, _) in rule.items()}
+    if LENGTHS & set(given):
+        defaults = {name: value for name, value in defaults.items() if name not in LENGTHS}
     config = Config(**defaults | given | {"recipe": recipe})
     if config.arch not in ARCHS:
         raise ValueError(unknown("arch", config.arch, ARCHS))
@@ -130,6 +235,10 @@ def configure(given: dict, world: int = 1) -> Config:
             limit = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
             raise ValueError(f"{flag(field.name)} {value}: needs {limit}")
     parse_head(config.head)
+    for name, low in (("mean", -math.inf), ("std", 0.0)):
+        if not all(low < x < math.inf for x in parse_channels(getattr(config, name))):
+            raise ValueError(f"--{name} {getattr(config, name)}: needs numbers"
+                             + " above 0" * (name == "std"))
     specs = parse_crops(config.crops)
     if sum(spec.count for spec in specs) < 2:
         raise ValueError(f"--crops {config.crops}: SwAV needs at least two crops of a picture")
@@ -143,6 +252,35 @@ def configure(given: dict, world: int = 1) -> Config:
             raise ValueError(f"{flag(name)} {getattr(config, name)} is not divisible by {world} "
                              f"processes; {getattr(config, name) // world * world} is")
     return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}")
+
+
+def explain(given: dict, world: int, images) -> str:
+    """A run's settings, one a line: the recipe's with its reasons, then what else was given."""
+    recipe, rule = rule_for(given, world, images)
+    config = with_length(complete(given, world, recipe, rule), len(images))
+    lines = [f"recipe {recipe} for {len(images):,} pictures"]
+    for name in [*rule, *sorted(set(given) - set(rule) - {"recipe", "data", "out"})]:
+        value, reason = rule.get(name, (None, ""))
+        if name in given or name in LENGTHS and LENGTHS & set(given):
+            changed = value not in (None, getattr(config, name))
+            reason = "given" + f"; the recipe has {value}" * changed
+        lines.append(f"  {flag(name)} {getattr(config, name)}".ljust(46) + reason)
+    return "\n".join(lines)
+
+
+def remedies(config: Config) -> str:
+    """Which settings of a run that learns nothing to change: those that differ from the values with
+    which small sets learned, in the order in which they mattered (README, "When it does not
+    learn")."""
+    helped = {"strength": min(config.strength, 0.2),
+              "lr": max(config.lr, SMALL_PEAK * 256 / config.batch_size),
+              "epsilon": min(config.epsilon, 0.03), "prototypes": min(config.prototypes, 128),
+              "head_bn": True, "gray": 0.0, "blur": 0.0, "freeze_prototypes": 0}
+    changes = [flag(name) if value is True else
+               f"{flag(name)} {value:g} (now {getattr(config, name):g})"
+               for name, value in helped.items() if value != getattr(config, name)]
+    return ", ".join(changes) or ("nothing that is known: all are at the values that helped; left "
+                                  "to try are more --steps and a larger --batch-size")
 
 
 def flag(name: str) -> str:
@@ -162,6 +300,15 @@ def parse_head(text: str) -> list[int]:
         return widths
     except ValueError:
         raise ValueError(f"head {text!r} is not WIDTH-WIDTH-..., as in 8192-8192-256") from None
+
+
+def parse_channels(text: str) -> tuple[float, ...]:
+    try:
+        red, green, blue = map(float, text.split(","))
+        return red, green, blue
+    except ValueError:
+        raise ValueError(f"mean or std {text!r} is not RED,GREEN,BLUE, as in 0.485,0.456,0.406"
+                         ) from None
 
 
 def with_length(config: Config, num_images: int) -> Config:

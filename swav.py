@@ -175,3 +175,22 @@ def collapse_statistics(embeddings: Tensor, scores: Tensor, loss: Tensor,
         "spread": (1 - z.mean(0).square().sum()).clamp(min=0).sqrt().item(),
         "effective_rank": torch.xlogy(share, share).sum().neg().exp().item(),
     }
+
+
+def symptoms(statistics: dict[str, float], dim: int) -> dict[str, str]:
+    """Signs of a collapse in what collapse_statistics gives -> what is seen and what it means.
+
+    To be asked once the learning rate has risen and the prototypes are free, and to be believed
+    when it has lasted: a healthy run may look like this for its first few dozen steps.
+    dim: D.  The limits stand well clear of healthy runs (tests/data/demo_curves.json).
+    """
+    loss, rank, used = (statistics[name] for name in (
+        "loss_over_ln_k", "effective_rank", "prototypes_used"))
+    signs = {
+        "loss": (loss > 0.99, "the loss is not below 99 % of ln K: every prototype is predicted "
+                              "alike, whatever the picture"),
+        "rank": (rank < max(1.5, 0.02 * dim), f"the embeddings' effective rank is {rank:.1f} of "
+                                              f"{dim}: they lie on a line, near enough"),
+        "use": (used < 0.05, f"only {used:.0%} of the prototypes are the nearest one to any crop"),
+    }
+    return {sign: meaning for sign, (seen, meaning) in signs.items() if seen}

@@ -9,7 +9,8 @@ sinkhorn.py, multicrop.py, larc.py and regnet.py, the options in recipes.py; thi
 distribution and the loop. The same command again resumes the run, or says that it is finished.
 
 A run's folder holds config.json, log.jsonl (one object a line), views.png (a batch as the network
-sees it), checkpoint.pt, and trunk.pt: the product, a state dict with torchvision's names.
+sees it), prototypes.png (the pictures nearest to each), loss.png (with matplotlib), a demo's
+results.json, checkpoint.pt, and trunk.pt: the product, a state dict with torchvision's names.
 """
 import os
 
@@ -29,21 +30,24 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from torchvision.utils import save_image
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import checkpoint
 import evaluate
+import report
 from demo import DemoImages
-from images import NoReadablePicture, Positions, Stream, collate, open_images
+from images import NoReadablePicture, Positions, Stream, collate, open_images, permute
 from larc import LARC
-from multicrop import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Photometric, parse_crops
-from recipes import Config, configure, parse_arguments, parse_head, with_length
+from multicrop import MultiCrop, Photometric, parse_crops
+from recipes import (Config, configure, explain, parse_arguments, parse_channels, parse_head,
+                     with_length)
 from regnet import ARCHS, RegNet
 from swav import Queue, SwAV, collapse_statistics, swav_codes, swav_loss
 
+SHEET = 2048                # pictures from which the sheet of prototypes is drawn
 MAX_BAD_SHARE = 0.1         # of the pictures read so far; above it the run ends
 REMEDY = "lower --lr, or use --precision fp32; the last good checkpoint was kept"
 # what may change between the parts of one run
@@ -113,7 +117,7 @@ class Stop(Exception):
     """The run cannot go on; the message says why, and what to try."""
 
 
-def setup(config: Config) -> SimpleNamespace:
+def setup(config: Config, images) -> SimpleNamespace:
     """Everything the loop needs. Raises ValueError for what cannot be used; writes nothing before
     that is known."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -122,18 +126,18 @@ def setup(config: Config) -> SimpleNamespace:
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    images = open_images(config.data) if config.data else DemoImages("train")
     config = with_length(config, len(images))
     specs = parse_crops(config.crops)
-    crop = MultiCrop(specs, config.strength, gray=config.gray, blur=config.blur)
+    crop = MultiCrop(specs, config.strength_at, gray=config.gray, blur=config.blur)
     stream = Stream(images, crop, config.seed)
     stream[0]                                   # a folder without one readable picture fails here
 
     out = Path(config.out)
     state = resume(config, len(images), out)
     start = state["step"] if state else 0
-    if len(set(gather_lists([start]))) > 1:
-        raise ValueError(f"the ranks do not see the same {out}/checkpoint.pt; it must be shared")
+    if len(set(gather_lists([(config, start)]))) > 1:
+        raise ValueError(f"the ranks do not see the same pictures, or not the same "
+                         f"{out}/checkpoint.pt; both must be shared")
     model = build_model(config).to(device, memory_format=layout(device))
     optimizer = LARC(model.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
@@ -145,7 +149,7 @@ def setup(config: Config) -> SimpleNamespace:
         checkpoint.load_run_state(state, model, optimizer, scaler, queue)
 
     if rank == 0:
-        describe(config, images, world, device, dtype, start)
+        report.start(config, images, world, device, dtype, start)
         out.mkdir(parents=True, exist_ok=True)
         write_config(config, out)
     return SimpleNamespace(
@@ -158,12 +162,15 @@ def train(run: SimpleNamespace) -> None:
     """The loop. Raises Stop, and images.NoReadablePicture."""
     config, start, model, device, queue = run.config, run.start, run.model, run.device, run.queue
     optimizer, scaler, out, main = run.optimizer, run.scaler, run.out, run.rank == 0
-    photometric = Photometric().to(device)
+    mean, std = parse_channels(config.mean), parse_channels(config.std)
+    distort = Distort(Photometric(mean, std).to(device))
     positions = Positions(start, config.steps, config.batch_size, run.rank, run.world)
-    loader = DataLoader(run.stream, batch_sampler=positions, collate_fn=collate,
+    # on a CPU the workers distort too: they have time to spare, the computing threads have none
+    loader = DataLoader(run.stream, batch_sampler=positions,
+                        collate_fn=distort if device.type == "cpu" else collate,
                         num_workers=share_processors(config, device),
                         pin_memory=device.type == "cuda")
-    log = open_log(out / "log.jsonl", start) if main else None
+    log, watchdog = open_log(out / "log.jsonl", start) if main else None, report.Watchdog(config)
     bad_pictures, bad_total, waited, logged, clock = [], 0, 0.0, start, time.perf_counter()
     steps = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step",
                  disable=not main or not sys.stderr.isatty())
@@ -179,10 +186,10 @@ def train(run: SimpleNamespace) -> None:
         crops, params, bad = next(batches)
         waited += time.perf_counter() - wait
         bad_pictures += bad
-        crops = [photometric(c.to(device, non_blocking=True), p).to(memory_format=layout(device))
-                 for c, p in zip(crops, params)]
+        if device.type != "cpu":
+            crops = distort.crops([c.to(device, non_blocking=True) for c in crops], params)
         if main and step == 0:
-            save_views(out / "views.png", crops, run.specs)
+            report.views(out / "views.png", crops, run.specs, mean, std)
 
         # forward, codes, loss
         with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
@@ -217,7 +224,8 @@ def train(run: SimpleNamespace) -> None:
                          "images_per_second": (done - logged) * config.batch_size / seconds}
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
-                report(steps, entry, config)
+                report.progress(steps, entry, config)
+                watchdog.look(entry)
             if bad_total > MAX_BAD_SHARE * (seen + bad_total) and bad_total >= 10:
                 raise Stop(f"{bad_total} pictures in {seen} could not be read, more than "
                            f"{MAX_BAD_SHARE:.0%}; {out}/log.jsonl names them")
@@ -246,10 +254,10 @@ def resume(config: Config, num_images: int, out: Path) -> dict | None:
     state = checkpoint.load(path)
     if not isinstance(state, dict) or state.get("version") != checkpoint.VERSION:
         raise ValueError(f"{path} is not a checkpoint of this program's version")
-    check_same_run(state["config"], config, out)
-    if state["num_images"] != num_images:
+    if state["num_images"] != num_images and state["config"]["data"] == config.data:
         raise ValueError(f"{out} was trained on {state['num_images']} pictures and {config.data} "
                          f"now holds {num_images}; restore them or choose another --out")
+    check_same_run(state["config"], config, out)
     return state
 
 
@@ -261,19 +269,38 @@ def check_same_run(old: dict, config: Config, out: Path) -> None:
         raise ValueError(f"{out} holds another run ({'; '.join(changed)}); choose another --out")
 
 
+def processors() -> int:
+    """Those this rank may use: its share of the machine's."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def share_processors(config: Config, device: torch.device) -> int:
     """Number of workers of this rank. On a CPU they and the computing threads share its processors,
     one to three: with more threads than processors, oneDNN's backward convolutions, which wait by
     spinning, took 7 s instead of 0.5 s a step. --workers leaves the number of threads alone, for
     sums are rounded otherwise with another number."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    mine = max(1, available // local)
+    workers = processors()
     if device.type == "cpu":
-        quarter = max(1, mine // 4)
-        torch.set_num_threads(max(1, mine - quarter))
-        mine = quarter
-    return mine if config.workers < 0 else config.workers
+        quarter = max(1, workers // 4)
+        torch.set_num_threads(max(1, workers - quarter))
+        workers = quarter
+    return workers if config.workers < 0 else config.workers
+
+
+class Distort:
+    """Distortion of a batch; and, as a worker's collate function, of its samples."""
+
+    def __init__(self, photometric: Photometric):
+        self.photometric = photometric
+
+    def crops(self, crops: list, params: list) -> list:
+        return [self.photometric(c, p).to(memory_format=layout(c.device))
+                for c, p in zip(crops, params)]
+
+    def __call__(self, samples: list):
+        crops, params, bad = collate(samples)
+        return self.crops(crops, params), params, bad
 
 
 def write_config(config: Config, out: Path) -> None:
@@ -303,51 +330,6 @@ def open_log(path: Path, start: int):
     return open(path, "a")
 
 
-def describe(config: Config, images, world: int, device, dtype, start: int) -> None:
-    source = config.data or "the built-in demo pictures (--data DIR trains on your own)"
-    print(f"data: {len(images):,} pictures from {source}\n"
-          f"recipe {config.recipe}: {config.arch}, crops {config.crops}, head {config.head}, "
-          f"{config.prototypes} prototypes; ln K = {math.log(config.prototypes):.3f}\n"
-          f"batch {config.batch_size} = {world} rank{'s' * (world > 1)} x "
-          f"{config.batch_size // world}; lr {config.lr:g} per 256 pictures = "
-          f"{config.peak_lr():g}; {config.steps} steps = "
-          f"{config.steps * config.batch_size / len(images):.1f} epochs\n"
-          f"{device}, {str(dtype).removeprefix('torch.')}; run folder {config.out}"
-          + (f"; resumed after step {start}" if start else ""), flush=True)
-
-
-def report(steps: tqdm, entry: dict, config: Config) -> None:
-    """On a terminal beside the progress bar, else a line."""
-    text = (f"loss {entry['loss']:.3f} ({entry['loss_over_ln_k']:.2f} ln K)  prototypes "
-            f"{entry['prototypes_used']:.0%}  rank {entry['effective_rank']:.0f}  "
-            f"{entry['images_per_second']:.0f} img/s")
-    if entry["waited"] > 0.3:
-        text += f"  input-bound {entry['waited']:.0%}: more --workers help"
-    for fault in entry["bad"][:3]:
-        tqdm.write(f"replaced a picture: {fault}")
-    if len(entry["bad"]) > 3:
-        tqdm.write(f"and {len(entry['bad']) - 3} more, named in log.jsonl")
-    if steps.disable:
-        left = (config.steps * config.batch_size - entry["images"]) / entry["images_per_second"]
-        print(f"step {entry['step']}/{config.steps}  {text}  {left / 60:.1f} min left", flush=True)
-    else:
-        steps.set_postfix_str(text)
-
-
-def save_views(path: Path, crops: list[torch.Tensor], specs) -> None:
-    """The first pictures of a batch as the network sees them: a row a picture, a column a crop."""
-    rows = min(8, len(crops[0]) // specs[0].count)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    tiles, largest = [], max(spec.size for spec in specs)
-    for spec, images in zip(specs, crops):
-        pictures = images.float().cpu().unflatten(0, (spec.count, -1))[:, :rows] * std + mean
-        side = largest - spec.size
-        pad = (side // 2, side - side // 2) * 2
-        tiles.append(torch.nn.functional.pad(pictures, pad, value=1.0))
-    tiles = torch.cat(tiles).transpose(0, 1).flatten(0, 1)           # (rows * V, 3, s, s)
-    save_image(tiles, path, nrow=sum(spec.count for spec in specs), pad_value=1.0)
-
-
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
@@ -363,26 +345,47 @@ def gather_lists(mine: list) -> list:
     return [item for one in lists for item in one]
 
 
-def measure_demo(trunk: torch.nn.Module, size: int, device) -> None:
-    """kNN on held-out demo pictures: the only place where their labels are read."""
-    result = evaluate.knn_accuracy(trunk, DemoImages("train"), DemoImages("val"), size,
-                                   device=device, crop_ratio=1.0)
-    print(f"kNN on {result['val']:,} held-out demo pictures: {result['top1']:.1f} %")
+def look_back(run: SimpleNamespace) -> None:
+    """After the run: its loss, the sheet of its prototypes and, of a demo, what it has learned."""
+    config, model, images, size = run.config, run.model, run.stream.images, run.specs[0].size
+    demo = config.recipe == "demo" and not config.data
+    workers = min(8, processors()) if config.workers < 0 else config.workers
+    torch.set_num_threads(processors())                 # the workers of the run have gone
+    options = dict(device=run.device, mean=parse_channels(config.mean),
+                   std=parse_channels(config.std))
 
+    def decoded(images) -> list[tuple[torch.Tensor, bool]]:
+        """A demo's pictures, or a sample of others, decoded once for all that follows."""
+        count = len(images)
+        some = range(count) if demo else [permute(i, count, 0) for i in range(min(SHEET, count))]
+        centred = Subset(evaluate.Centred(images, size, 1.0 if demo else 0.875), some)
+        return [pair for pictures, ok in DataLoader(centred, 64, num_workers=workers)
+                for pair in zip(pictures.clone(), ok.tolist())]
 
-def usage(config: Config, out: Path) -> str:
-    """How to use the trunk elsewhere: with torchvision alone, where it has this network."""
-    params = ARCHS[config.arch]
-    if dataclasses.replace(params, rounding="torchvision").stages() == params.stages():
-        numbers = f"{params.depth}, {params.w_0}, {params.w_a}, {params.w_m}, {params.group_width}"
-        lines = ["import torch; from torchvision.models.regnet import BlockParams, RegNet",
-                 f"trunk = RegNet(BlockParams.from_init_params({numbers}, "
-                 f"se_ratio={params.se_ratio or None})); trunk.fc = torch.nn.Identity()"]
-    else:
-        lines = ["import torch; from regnet import ARCHS, RegNet",
-                 f"trunk = RegNet(ARCHS[{config.arch!r}])"]
-    lines.append(f"trunk.load_state_dict(torch.load({str(out / 'trunk.pt')!r})); trunk.eval()")
-    return f"\nthe trunk is {out / 'trunk.pt'}; to use it elsewhere:\n    " + "\n    ".join(lines)
+    pictures = decoded(images)
+    if demo:        # the only place where labels are read
+        held_out = DemoImages("val")
+        queries, rows = decoded(held_out), {}
+        pixels = torch.nn.Sequential(torch.nn.AvgPool2d(2), torch.nn.Flatten())
+        for name, network in {"raw pixels, two by two": pixels,
+                              "untrained trunk": build_model(config).trunk,
+                              "trained trunk": model.trunk}.items():
+            both = (evaluate.labelled_features(network, images, pictures, **options),
+                    evaluate.labelled_features(network, held_out, queries, **options))
+            rows[name] = {what: evaluate.accuracy(what, *both)[0] for what in ("knn", "linear")}
+        write_whole(run.out / "results.json", json.dumps(rows, indent=2) + "\n")
+        title = f"{len(held_out):,} held-out demo pictures of {len(held_out.classes)} kinds"
+        report.table(title, rows)
+
+    try:
+        report.curves(run.out / "loss.png", [run.out])
+    except ImportError as error:
+        print(error)
+    shown = [(picture, ok) for picture, ok in pictures if ok][:SHEET]
+    embed = torch.nn.Sequential(model.trunk, model.head)
+    embeddings, _ = evaluate.extract_features(embed, shown, **options)           # (N, D)
+    scores = F.normalize(embeddings, dim=1) @ model.prototypes.weight.detach().cpu().t()
+    report.prototypes(run.out / "prototypes.png", scores, torch.stack([x for x, _ in shown]))
 
 
 def fail(error: Exception, rank: int) -> None:
@@ -393,40 +396,48 @@ def fail(error: Exception, rank: int) -> None:
     sys.exit(2)
 
 
-def launch(config: Config, rank: int) -> None:
-    """One run, from its setup to the last line printed."""
+def launch(config: Config, images, rank: int) -> SimpleNamespace:
+    """One run, from its setup to its last step."""
     try:
-        run = setup(config)
+        run = setup(config, images)
     except (ValueError, OSError) as error:
         fail(error, rank)
-    if run.start >= run.config.steps:
-        if rank == 0:
-            print(f"{run.out} is finished: {run.start} steps. --out starts another run.")
-        return
     try:
-        train(run)
+        if run.start < run.config.steps:
+            train(run)
     except (Stop, NoReadablePicture) as error:
         fail(error, rank)
-    if rank == 0:
-        if not run.config.data:
-            measure_demo(run.model.trunk, run.specs[0].size, run.device)
-        print(usage(run.config, run.out))
+    return run
 
 
 def main(argv: list[str] | None = None) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     given = parse_arguments(sys.argv[1:] if argv is None else argv)
+    only_explain, runs = given.pop("explain", False), given.pop("plot", [])
     try:
-        config = configure(given, world)
-    except ValueError as error:                 # the same on all ranks: one speaks
+        if runs:
+            picture = Path(runs[0], "loss.png") if len(runs) == 1 else Path("loss.png")
+            report.curves(picture, runs)
+            return print(picture)
+        images = open_images(given["data"]) if given.get("data") else DemoImages("train")
+        if only_explain:
+            return print(explain(given, world, images))
+        config = configure(given, world, images)
+    except (ValueError, OSError, ImportError) as error:     # the same on all ranks: one speaks
         sys.exit(2) if rank else fail(error, rank)
     try:
-        launch(config, rank)
+        run = launch(config, images, rank)
         if dist.is_initialized():
             dist.barrier()      # leave together: a rank left behind was seen to hang in gloo
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if rank == 0:               # alone: the others need not wait for what follows
+        if run.start < run.config.steps or not (run.out / "prototypes.png").exists():
+            look_back(run)
+            print(report.usage(run.config, run.out))
+        else:
+            print(f"{run.out} is finished: {run.start} steps. --out starts another run.")
 
 
 if __name__ == "__main__":

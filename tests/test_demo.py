@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import train
 from demo import DemoImages
-from evaluate import Centred, extract_features, knn
+from evaluate import Centred, extract_features, knn, linear_probe, per_cent
 from images import Positions, Stream, collate
 from multicrop import MultiCrop, Photometric, parse_crops
 from recipes import configure
@@ -88,5 +88,9 @@ def test_labels_make_them_easy():
         optimizer.step()
     logits, _ = extract_features(model, Centred(VAL, 64, 1.0))
     top1 = (logits.argmax(1) == torch.from_numpy(VAL.labels)).float().mean().item()
-    print(f"supervised, {config.steps} steps of 128: {top1:.1%}")
+    (x, _), (queries, _) = (extract_features(trunk, Centred(images, 64, 1.0)) for images in (TRAIN, VAL))
+    labels, truth = torch.from_numpy(TRAIN.labels), torch.from_numpy(VAL.labels)
+    print(f"supervised, {config.steps} steps of 128: classifier {top1:.1%}, kNN "
+          f"{per_cent(knn(x, labels, queries), truth)} %, linear "
+          f"{per_cent(linear_probe(x, labels, queries)[0], truth)} %")
     assert top1 >= 0.90

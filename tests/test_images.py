@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from images import Positions, Stream, collate, mix, open_images, permute
-from multicrop import MultiCrop, parse_crops
+from images import (NoReadablePicture, Positions, Stream, collate, mix, open_images, permute,
+                    survey)
+from multicrop import MultiCrop, decode, parse_crops
 
 CROP = MultiCrop(parse_crops("2x16+3x8"))
 
@@ -50,6 +51,29 @@ def test_a_folder_of_any_depth(tmp_path):
     assert names == sorted(names) and len(names) == 5
     assert images.classes == ["a ä", "b"] and images.labels.tolist() == [0, 0, 0, 1, 1]
     assert images[4] == (tmp_path / "b" / "deep" / "er" / "0001.PNG").read_bytes()
+
+
+def test_a_survey_says_what_the_pictures_are_like(tmp_path):
+    for i in range(8):
+        noise = numpy.random.default_rng(i).integers(0, 256, (40 + i, 60, 3), dtype=numpy.uint8)
+        noise[..., 0] = noise[..., 0] // 4 + 100
+        picture = Image.fromarray(noise)
+        (picture if i < 6 else picture.convert("L")).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"")
+    found = survey(open_images(tmp_path), decode)
+    assert found == survey(open_images(tmp_path), decode)
+    assert (found.count, found.gray) == (9, 0.25) and found.short_side in (43, 44)
+    pixels = numpy.concatenate([numpy.asarray(decode((tmp_path / f"{i}.png").read_bytes())).reshape(-1, 3)
+                                for i in range(8)]) / 255
+    assert numpy.allclose(found.mean, pixels.mean(0), atol=0.01)
+    assert numpy.allclose(found.std, pixels.std(0), atol=0.1)         # smaller: pictures are resized
+    (tmp_path / "shade").mkdir()
+    Image.new("RGB", (30, 30), (200, 10, 200)).save(tmp_path / "shade" / "0.png")
+    assert survey(open_images(tmp_path / "shade"), decode).std == (0.05, 0.05, 0.05)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "broken.png").write_bytes(b"no")
+    with pytest.raises(NoReadablePicture, match="broken.png"):
+        survey(open_images(tmp_path / "none"), decode)
 
 
 def test_links_in_a_circle_and_names_that_are_no_text(tmp_path):

@@ -1,8 +1,11 @@
 """train.py and checkpoint.py: runs from end to end, resumed, on two ranks, and with bad input."""
 import ast
+import importlib.util
+import io
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -16,11 +19,12 @@ from ranks import run_ranks
 from test_images import write_pictures
 
 import checkpoint
+import report
 import train
-from images import Stream, collate, open_images
+from images import Stream, Survey, collate, open_images
 from larc import LARC
 from multicrop import MultiCrop, Photometric, parse_crops
-from recipes import Config, configure, parse_arguments, with_length
+from recipes import Config, choose_recipe, configure, parse_arguments, small, with_length
 from regnet import ARCHS, RegNet
 from swav import Queue
 
@@ -73,8 +77,8 @@ def equal(a, b):
 def test_a_folder_of_pictures_in_a_trained_trunk_out(photos, tmp_path, capsys):
     out = tmp_path / "run"
     run(photos, out, "--epochs=1.5", "--workers=1")
-    assert {p.name for p in out.iterdir()} == {
-        "config.json", "log.jsonl", "views.png", "checkpoint.pt", "trunk.pt"}
+    assert {p.name for p in out.iterdir()} - {"loss.png"} == {          # that one with matplotlib
+        "config.json", "log.jsonl", "views.png", "prototypes.png", "checkpoint.pt", "trunk.pt"}
     log = log_of(out)
     assert [line["step"] for line in log] == list(range(1, 13)) and log[-1]["images"] == 48
     named = " ".join(fault for line in log for fault in line["bad"])
@@ -95,6 +99,17 @@ def test_a_folder_of_pictures_in_a_trained_trunk_out(photos, tmp_path, capsys):
     before = (out / "checkpoint.pt").read_bytes()
     run(photos, out, "--epochs=1.5", "--workers=1")
     assert "finished" in capsys.readouterr().out and (out / "checkpoint.pt").read_bytes() == before
+    (out / "prototypes.png").unlink()                   # as after a crash in the last seconds
+    run(photos, out, "--epochs=1.5", "--workers=1")
+    assert "finished" not in capsys.readouterr().out and (out / "prototypes.png").exists()
+
+
+def test_workers_may_be_spawned(photos):
+    config = with_length(configure({"recipe": "demo", "steps": 3, "strength_rise": 0.5}), 30)
+    crop = MultiCrop(parse_crops("2x16"), config.strength_at)
+    stream, distort = Stream(open_images(photos), crop, 0), train.Distort(Photometric())
+    again, distort_again = pickle.loads(pickle.dumps((stream, distort)))
+    assert equal(list(distort([stream[5], stream[400]])), list(distort_again([again[5], again[400]])))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -120,7 +135,7 @@ def test_resumed_equals_uninterrupted_bitwise(photos, tmp_path, monkeypatch):
 
     for step in (2, 5, 8):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train, "report", stop_at(step))
+            patch.setattr(report, "progress", stop_at(step))
             run(photos, tmp_path / "parts", *options)
     run(photos, tmp_path / "parts", *options, "--workers=1")
     whole, parts = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
@@ -139,6 +154,7 @@ def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
     options = ["--steps=4", "--lr=300", *options]
     run(photos, tmp_path / "run", *options)
     config = with_length(configure(parse_arguments([*SMALL, *options])), 30)
+    train.share_processors(config, torch.device("cpu"))      # as many threads: sums round alike
     model = train.build_model(config).to(memory_format=torch.channels_last)
     optimizer = LARC(model.parameters(), 0.0, config.momentum, config.weight_decay,
                      config.trust_coefficient)
@@ -258,6 +274,7 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(photos, tmp_path, capsy
     (broken / "a.jpg").write_bytes(b"no")
     common = [f"--out={out}", *SMALL, "--steps=1"]
     good = [f"--data={photos}", *common]
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     for argv, expected in [
             ([f"--data={tmp_path / 'nowhere'}", *common], "no such folder"),
             ([f"--data={tmp_path / 'empty'}", *common], "no pictures in"),
@@ -272,6 +289,11 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(photos, tmp_path, capsy
             ([*good, "--epsilon=0"], "--epsilon 0.0: needs at least"),
             ([*good, "--lr=nan"], "--lr nan: needs"),
             ([*good, "--gray=2"], "--gray 2.0: needs 0 to 1"),
+            ([*good, "--mean=nan,0,0"], "--mean nan,0,0: needs numbers"),
+            ([*good, "--std=0,1,1"], "--std 0,1,1: needs numbers above 0"),
+            ([*good, "--std=red"], "std 'red' is not RED,GREEN,BLUE"),
+            (["--plot", str(tmp_path / "nowhere")], "nowhere is not the folder of a run" if has_matplotlib
+             else "pip install matplotlib"),
             ([*good, "--precision=int8"], "invalid choice: 'int8'"),
             ([*good, "--device=tpu9"], "--device tpu9 cannot be used here"),
             ([*good, "--stepz=1"], "unrecognized arguments"),
@@ -339,7 +361,7 @@ def test_every_field_of_the_configuration_is_read_somewhere():
 
 @pytest.mark.parametrize("arch", sorted(ARCHS))
 def test_the_printed_usage_is_of_the_right_network(arch):
-    lines = train.usage(configure({"arch": arch}), Path("run")).splitlines()[-3:]
+    lines = report.usage(configure({"arch": arch}), Path("run")).splitlines()[-3:]
     if "torchvision" not in lines[0]:
         assert replace(ARCHS[arch], rounding="torchvision").stages() != ARCHS[arch].stages()
     elif ARCHS[arch].depth < 20 and ARCHS[arch].w_0 < 60:
@@ -368,6 +390,79 @@ def test_recipes_and_length():
                          ({"steps": 30, "epochs": 2.0}, 20)):
         config = configure({"batch_size": 100} | given)
         assert with_length(config, 1000).steps == steps
+
+
+def survey_of(count, gray=0.0, short_side=120):
+    return Survey(count, short_side, gray, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+
+
+class Many:
+    """A folder with a number of pictures that is not looked into."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+
+def test_the_recipe_follows_from_what_is_given(photos):
+    images = open_images(photos)
+    assert choose_recipe({"data": "photos"}, images) == "small"
+    assert choose_recipe({"data": "photos", "arch": "regnety_16gf"}, images) == "small"
+    assert choose_recipe({"data": "photos", "recipe": "seer"}, images) == "seer"
+    assert choose_recipe({"data": "many", "arch": "regnety_16gf"}, Many(100_000)) == "seer"
+    with pytest.raises(ValueError, match="100,000 pictures are more than .* name a network"):
+        choose_recipe({"data": "many"}, Many(100_000))
+    config = configure({"data": "photos", "epochs": 1.0}, images=images)
+    assert (config.recipe, config.arch) == ("small", "regnety_100mf")
+    assert (config.batch_size, config.steps) == (15, 0) and config.mean.startswith("0.4")
+    assert configure({"data": "photos", "arch": "regnety_200mf"}, images=images).arch == "regnety_200mf"
+
+
+@pytest.mark.parametrize("count", [8, 30, 46, 200, 500, 1_000, 4_000, 20_000, 99_999])
+@pytest.mark.parametrize("given", [{}, {"batch_size": 6}, {"prototypes": 1000}], ids=str)
+@pytest.mark.parametrize("world", [1, 3])
+def test_every_size_of_set_gets_a_recipe_with_reasons(count, given, world):
+    rule = small(survey_of(count), given, world)
+    assert set(rule) <= {field.name for field in fields(Config)}
+    assert all(len(reason) >= 7 for _, reason in rule.values())
+    config = Config(**{name: value for name, (value, _) in rule.items()} | given)
+    assert config.batch_size % world == config.queue % world == 0
+    assert 2 <= config.batch_size <= max(count, 6) and config.batch_size <= 128
+    assert config.steps >= 400 and config.steps * config.batch_size >= 24.9 * count
+    assert "prototypes" in given or config.prototypes <= max(count / 4, 2)
+    assert config.batch_size + config.queue >= config.prototypes / 2
+    assert config.peak_lr() == pytest.approx(2.4)
+
+
+def test_a_handful_of_pictures_is_refused():
+    with pytest.raises(ValueError, match="at least 8"):
+        small(survey_of(7), {})
+
+
+def test_explain_prints_the_rule_and_what_was_given_instead(photos, capsys):
+    train.main([f"--data={photos}", "--explain", "--strength=0.7"])
+    printed = capsys.readouterr().out
+    assert "recipe small for 30 pictures" in printed and "--crops 2x64" in printed
+    line, = [line for line in printed.splitlines() if "--strength 0.7" in line]
+    assert "given; the recipe has 0.2" in line
+    train.main(["--explain", "--temperature=0.2", "--steps=7"])     # recipes of the table too
+    printed = capsys.readouterr().out
+    assert "recipe demo" in printed and "--temperature 0.2" in printed and "--steps 7 " in printed
+
+
+def test_the_strength_rises_with_the_position():
+    config = Config(steps=100, batch_size=10, strength=0.8, strength_from=0.2, strength_rise=0.5)
+    assert [config.strength_at(p) for p in (0, 9, 250, 500, 999)] == pytest.approx([0.2, 0.2, 0.5, 0.8, 0.8])
+    assert Config(steps=100, strength=0.8).strength_at(0) == 0.8
+    image = Image.radial_gradient("L").convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    crop = MultiCrop(parse_crops("2x32"), config.strength_at, jitter=1.0)
+    for position, strength in ((0, 0.2), (999, 0.8)):
+        expected = MultiCrop(parse_crops("2x32"), strength, jitter=1.0)(buffer.getvalue(), 5)
+        assert equal(list(expected), list(crop(buffer.getvalue(), 5, position)))
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():

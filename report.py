@@ -1,0 +1,175 @@
+"""What a run says and shows: lines and warnings while it runs, pictures of what it has learned.
+
+    watchdog = Watchdog(config); watchdog.look(entry)       # speaks once, if the run collapses
+    views("views.png", crops, specs, mean, std)             # a batch as the network sees it
+    prototypes("prototypes.png", scores, pictures)          # what each prototype has come to mean
+    curves("loss.png", ["runs/demo-regnety_100mf"])         # with matplotlib, which is optional
+
+An `entry` is what a line of log.jsonl holds.
+Shapes: N pictures, K prototypes, V crops of a picture.
+"""
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from recipes import Config, parse_head, remedies
+from regnet import ARCHS
+from swav import symptoms
+
+ASK = "pip install matplotlib to have the loss drawn"
+
+
+# --------------------------------------------------------------------------------------- words
+def start(config: Config, images, world: int, device, dtype, done: int) -> None:
+    """What is about to be trained, on what."""
+    source = config.data or "the built-in demo pictures (--data DIR trains on your own)"
+    small = " (for fewer than 100,000 pictures; --explain gives its reasons)"
+    print(f"data: {len(images):,} pictures from {source}\n"
+          f"recipe {config.recipe}{small * (config.recipe == 'small')}: {config.arch}, "
+          f"crops {config.crops}, head {config.head}, {config.prototypes} prototypes; "
+          f"ln K = {math.log(config.prototypes):.3f}\n"
+          f"batch {config.batch_size} = {world} rank{'s' * (world > 1)} x "
+          f"{config.batch_size // world}; lr {config.lr:g} per 256 pictures = "
+          f"{config.peak_lr():g}; {config.steps} steps = "
+          f"{config.steps * config.batch_size / len(images):.1f} epochs\n"
+          f"{device}, {str(dtype).removeprefix('torch.')}; run folder {config.out}"
+          + (f"; resumed after step {done}" if done else ""), flush=True)
+
+
+def progress(steps: tqdm, entry: dict, config: Config) -> None:
+    """On a terminal beside the progress bar, else a line."""
+    text = (f"loss {entry['loss']:.3f} ({entry['loss_over_ln_k']:.2f} ln K)  prototypes "
+            f"{entry['prototypes_used']:.0%}  rank {entry['effective_rank']:.0f}  "
+            f"{entry['images_per_second']:.0f} img/s")
+    if entry["waited"] > 0.3:
+        text += f"  input-bound {entry['waited']:.0%}: more --workers help"
+    for fault in entry["bad"][:3]:
+        tqdm.write(f"replaced a picture: {fault}")
+    if len(entry["bad"]) > 3:
+        tqdm.write(f"and {len(entry['bad']) - 3} more, named in log.jsonl")
+    if steps.disable:
+        left = (config.steps * config.batch_size - entry["images"]) / entry["images_per_second"]
+        print(f"step {entry['step']}/{config.steps}  {text}  {left / 60:.1f} min left", flush=True)
+    else:
+        steps.set_postfix_str(text)
+
+
+class Watchdog:
+    """Speaks once, when a sign of collapse has lasted for `patience` steps since the learning rate
+    has risen and the prototypes are free. Looks where the log does; judges no shorter run."""
+
+    def __init__(self, config: Config, patience: int = 100):
+        self.config, self.since, self.spoken = config, {}, False
+        self.first = max(config.warmup_steps(), config.freeze_prototypes)
+        self.patience = max(patience, config.steps // 50)
+
+    def look(self, entry: dict) -> None:
+        step = entry["step"]
+        found = symptoms(entry, parse_head(self.config.head)[-1]) if step > self.first else {}
+        self.since = {sign: self.since.get(sign, step) for sign in found}
+        lasting = {sign: step - since for sign, since in self.since.items()
+                   if step - since >= self.patience}
+        if lasting and not self.spoken:
+            self.spoken = True
+            tqdm.write(f"warning: for {min(lasting.values())} steps, "
+                       f"{'; and '.join(found[sign] for sign in lasting)}. Little or nothing is "
+                       f"learned like this. What has helped, best first: {remedies(self.config)}")
+
+
+def table(title: str, rows: dict[str, dict[str, float]]) -> None:
+    print(f"\n{title + ', per cent':<52}{'kNN':>8}{'linear':>8}")
+    for name, row in rows.items():
+        print(f"{name:<52}{row['knn']:>8.1f}{row['linear']:>8.1f}")
+
+
+def usage(config: Config, out: Path) -> str:
+    """How to use the trunk elsewhere: with torchvision alone, where it has this network."""
+    params = ARCHS[config.arch]
+    if dataclasses.replace(params, rounding="torchvision").stages() == params.stages():
+        numbers = f"{params.depth}, {params.w_0}, {params.w_a}, {params.w_m}, {params.group_width}"
+        lines = ["import torch; from torchvision.models.regnet import BlockParams, RegNet",
+                 f"trunk = RegNet(BlockParams.from_init_params({numbers}, "
+                 f"se_ratio={params.se_ratio or None})); trunk.fc = torch.nn.Identity()"]
+    else:
+        lines = ["import torch; from regnet import ARCHS, RegNet",
+                 f"trunk = RegNet(ARCHS[{config.arch!r}])"]
+    lines.append(f"trunk.load_state_dict(torch.load({str(out / 'trunk.pt')!r})); trunk.eval()")
+    return (f"\n{out} holds trunk.pt, log.jsonl and, to look at, prototypes.png and views.png.\n"
+            f"The trunk takes RGB in 0..1, minus {config.mean}, over {config.std}:\n    "
+            + "\n    ".join(lines))
+
+
+# ------------------------------------------------------------------------------------ pictures
+def views(path: Path, crops: list[Tensor], specs, mean: Sequence[float],
+          std: Sequence[float]) -> None:
+    """The first pictures of a batch of distorted, normalised crops: a row a picture, a column a
+    crop."""
+    rows = min(8, len(crops[0]) // specs[0].count)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
+    tiles, largest = [], max(spec.size for spec in specs)
+    for spec, images in zip(specs, crops):
+        pictures = images.float().cpu().unflatten(0, (spec.count, -1))[:, :rows] * std + mean
+        side = largest - spec.size
+        pad = (side // 2, side - side // 2) * 2
+        tiles.append(F.pad(pictures, pad, value=1.0))
+    tiles = torch.cat(tiles).transpose(0, 1).flatten(0, 1)               # (rows * V, 3, s, s)
+    save_image(tiles, path, nrow=sum(spec.count for spec in specs), pad_value=1.0)
+
+
+def prototypes(path: Path, scores: Tensor, pictures: Tensor, nearest: int = 8, most: int = 64,
+               columns: int = 4) -> None:
+    """The pictures nearest to each prototype, a row a prototype, the best one first.
+
+    scores: (N, K).  pictures: uint8 (N, 3, s, s).  Of more than `most` prototypes, those that most
+    pictures are nearest to.  Rows run down the first of `columns`, then down the next.
+    """
+    members = torch.bincount(scores.argmax(1), minlength=scores.shape[1])
+    chosen = members.argsort(descending=True, stable=True)[:most]
+    best = scores[:, chosen].topk(min(nearest, len(scores)), dim=0).indices.t()      # (most, n)
+    rows = [make_grid(pictures[some], nrow=len(some), padding=1, pad_value=255) for some in best]
+    height = math.ceil(len(rows) / min(columns, len(rows)))
+    rows += [torch.full_like(rows[0], 255)] * (-len(rows) % height)
+    sheet = torch.stack(rows).unflatten(0, (-1, height)).transpose(0, 1).flatten(0, 1)
+    sheet = make_grid(sheet, nrow=len(rows) // height, padding=3, pad_value=255)
+    save_image(sheet.float() / 255, path)
+
+
+def curves(path: Path, runs: Sequence[str | Path]) -> None:
+    """Loss over steps, with ln K as a line, and under it the prototypes in use.
+
+    Raises ValueError for a folder without a log, ImportError where there is no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure        # no pyplot: no window, no global state
+    except ImportError:
+        raise ImportError(ASK) from None
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    levels = {}
+    for run in map(Path, runs):
+        try:
+            config = json.loads((run / "config.json").read_text())["config"]
+            log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+            steps, loss, used = ([entry[key] for entry in log]
+                                 for key in ("step", "loss", "prototypes_used"))
+            levels[math.log(config["prototypes"])] = config["prototypes"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{run} is not the folder of a run: {error}") from None
+        line, = top.plot(steps, loss, label=run.name)
+        bottom.plot(steps, used, color=line.get_color())
+    for level, count in levels.items():
+        top.axhline(level, color="black", linestyle="--", linewidth=1)
+        top.annotate(f"ln K, K = {count:,}: nothing learned", (0.99, level), ha="right",
+                     xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points")
+    top.set(ylabel="loss")
+    top.legend(frameon=False)
+    bottom.set(xlabel="step", ylabel="prototypes in use", ylim=(0, 1.05))
+    figure.savefig(path, dpi=120)

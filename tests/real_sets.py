@@ -1,0 +1,127 @@
+"""Four small labelled sets of real pictures, from Debian's packages, to measure recipe `small` on.
+
+    python tests/real_sets.py sets/       # needs apt-get and dpkg (Debian 12); 400 MB, minutes
+
+sets/photographs, sets/drawings, sets/emoji and sets/icons, each with train/CLASS/ and val/CLASS/:
+
+photographs: tiles of 160 pixels from 43 wallpapers; the class is the photograph. Training tiles are
+    from its left, held-out ones from its right, with a column between that is in neither.
+drawings: Openclipart; the class is its folder (animals, food, people, ...), at most 500 each.
+emoji: Noto Color Emoji, without skin tones; the class is Unicode's group (flags, food, ...).
+icons: the icons of Oxygen and MATE at 48 to 256 pixels, each name at its largest; the class is
+    the freedesktop context (actions, devices, places, ...).
+
+Of all but the photographs every fourth is held out. Their transparent parts become white.
+"""
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+Image.MAX_IMAGE_PIXELS = None
+
+PACKAGES = ("openclipart-png", "fonts-noto-color-emoji", "unicode-data", "oxygen-icon-theme",
+            "mate-icon-theme", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04",
+            "mate-backgrounds", "plasma-workspace-wallpapers")
+TILE, ROWS, COLUMNS, LEFT, RIGHT = 160, 5, 8, 5, 6      # columns 0-4 train, 5 unused, 6-7 held out
+AT_LEAST, AT_MOST = 60, 500                             # pictures a class
+MAX_PIXELS = 20e6                                       # a few drawings have 600 million
+
+
+def fetch(work: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["apt-get", "download", "-q", *PACKAGES], cwd=work, check=True)
+    for package in work.glob("*.deb"):
+        name = package.name.split("_")[0]
+        subprocess.run(["dpkg", "-x", package.name, name], cwd=work, check=True)
+
+
+def flat(path: Path) -> Image.Image:
+    image = Image.open(path).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def write(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=90)
+
+
+def photographs(work: Path, out: Path) -> None:
+    paths = [*work.glob("lomiri-*/**/*.jpg"), *work.glob("mate-*/**/nature/*.jpg"),
+             *work.glob("plasma-*/**/images/2560x1600.jpg")]
+    for path in sorted(paths):
+        name = path.parts[-4] if path.stem == "2560x1600" else path.stem
+        image = flat(path)
+        scale = max(COLUMNS * TILE / image.width, ROWS * TILE / image.height)
+        image = image.resize((round(image.width * scale), round(image.height * scale)),
+                             Image.Resampling.LANCZOS)
+        for row in range(ROWS):
+            for column in (*range(LEFT), *range(RIGHT, COLUMNS)):
+                box = (column * TILE, row * TILE, (column + 1) * TILE, (row + 1) * TILE)
+                split = "train" if column < LEFT else "val"
+                write(image.crop(box), out / split / name / f"{row}-{column}.jpg")
+
+
+def by_class(classes: dict[str, list[Path]], out: Path) -> None:
+    for name, paths in classes.items():
+        step = max(1, len(paths) / AT_MOST)
+        for i in range(min(AT_MOST, len(paths)) if len(paths) >= AT_LEAST else 0):
+            path = paths[int(i * step)]
+            if math.prod(Image.open(path).size) > MAX_PIXELS:
+                continue
+            image = flat(path)
+            image.thumbnail((160, 160), Image.Resampling.LANCZOS)
+            write(image, out / ("val" if i % 4 == 3 else "train") / name / f"{i:04d}.png")
+
+
+def drawings(work: Path, out: Path) -> None:
+    classes = {}
+    for path in sorted(work.glob("openclipart-png/**/png/*/**/*.png")):
+        name = path.parts[path.parts.index("png") + 1]
+        if name not in ("special", "unsorted", "logos"):
+            classes.setdefault(name, []).append(path)
+    by_class(classes, out)
+
+
+def emoji(work: Path, out: Path) -> None:
+    font = ImageFont.truetype(str(next(work.glob("fonts-*/**/NotoColorEmoji.ttf"))), 109)
+    groups, group = {}, ""
+    for line in next(work.glob("unicode-data/**/emoji-test.txt")).read_text().splitlines():
+        if line.startswith("# group: "):
+            group = line.removeprefix("# group: ")
+        elif "; fully-qualified" in line:
+            text = "".join(chr(int(code, 16)) for code in line.split(";")[0].split())
+            if not any("\U0001F3FB" <= letter <= "\U0001F3FF" for letter in text):     # skin tones
+                groups.setdefault(group, []).append(text)
+    for group, texts in groups.items():
+        for i, text in enumerate(texts):
+            image = Image.new("RGB", (136, 128), "white")
+            ImageDraw.Draw(image).text((0, 0), text, font=font, embedded_color=True)
+            write(image, out / ("val" if i % 4 == 3 else "train") / group / f"{i:04d}.png")
+
+
+def icons(work: Path, out: Path) -> None:
+    largest = {}
+    for path in sorted(work.glob("*-icon-theme/**/*x*/*/*.png")):
+        size = int(path.parts[-3].split("x")[0])
+        key = (path.parts[-2], path.name, path.relative_to(work).parts[0])
+        if not path.is_symlink() and 48 <= size <= 256 and size > largest.get(key, (0,))[0]:
+            largest[key] = (size, path)
+    classes = {}
+    for (context, _, _), (_, path) in sorted(largest.items()):
+        classes.setdefault(context, []).append(path)
+    by_class(classes, out)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} FOLDER")
+    out = Path(sys.argv[1])
+    if not (out / "packages").exists():
+        fetch(out / "packages")
+    for make in (photographs, drawings, emoji, icons):
+        make(out / "packages", out / make.__name__)
+        for split in ("train", "val"):
+            print(make.__name__, split, len(list((out / make.__name__ / split).glob("*/*"))))

@@ -1,0 +1,57 @@
+"""The demo run against its reference: three seeds' curves, stored in data/demo_curves.json."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CURVES = json.loads((Path(__file__).parent / "data" / "demo_curves.json").read_text())
+HEALTHY = [seed["curve"] for seed in CURVES["healthy"].values()]
+MARGIN = 0.03                # of ln K: a fourth seed may lie a little outside three others
+
+
+def band(step):
+    """Lowest and highest loss / ln K of the healthy runs at a step, with a margin."""
+    values = [curve["loss_over_ln_k"][curve["step"].index(step)] for curve in HEALTHY]
+    return min(values) - MARGIN, max(values) + MARGIN
+
+
+def test_the_reference_runs_did_what_the_readme_says():
+    assert len(HEALTHY) == 3
+    for seed in CURVES["healthy"].values():
+        assert seed["untrained"]["knn"] <= 25 and seed["trained"]["knn"] >= 60
+        assert seed["trained"]["linear"] > seed["untrained"]["linear"]
+        assert seed["curve"]["loss_over_ln_k"][-1] < 0.8 and seed["curve"]["prototypes_used"][-1] > 0.5
+
+
+def test_stuck_runs_leave_the_band():
+    for stuck in CURVES["stuck"].values():
+        low, high = band(100)
+        assert not low < stuck["curve"]["loss_over_ln_k"][stuck["curve"]["step"].index(100)] < high
+
+
+def test_a_fresh_short_run_stays_inside_the_band(tmp_path):
+    """The first 100 steps, with a seed that is none of the three."""
+    log = tmp_path / "run" / "log.jsonl"
+    command = [sys.executable, str(ROOT / "train.py"), "--seed=3", "--device=cpu", f"--out={log.parent}"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+    try:
+        deadline = time.monotonic() + 600
+        entries = []
+        while len(entries) < 5:
+            assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
+            time.sleep(0.5)
+            lines = log.read_text().splitlines() if log.exists() else []
+            entries = [json.loads(line) for line in lines if line.endswith("}")]
+    finally:
+        run.terminate()
+        run.wait()
+    assert [entry["step"] for entry in entries[:5]] == [20, 40, 60, 80, 100]
+    for entry in entries[:5]:
+        low, high = band(entry["step"])
+        assert low < entry["loss_over_ln_k"] < high, f"step {entry['step']}"
