@@ -141,7 +141,7 @@ def small(pictures: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
         "steps": (steps, "25 epochs, but at least 400 steps: all sets tried had left ln K by then"),
         "crops": crops,
         "strength": (0.2, "weak: it decides most. At SwAV's 1 small sets stay at ln K"),
-        "strength_rise": (0.0, "constant from the start: @@RISE@@"),
+        "strength_rise": (0.0, "constant: rising from 0.1 to 0.8 cost 4 to 8 points of kNN"),
         "gray": (0.0, "your pictures are gray already" if pictures.gray > 0.5 else
                  "colour tells pictures apart; gray 0.2 and blur 0.5 cost 4 points of kNN"),
         "blur": (0.0, "so does detail, and crops of 32 pixels have little"),
