@@ -49,7 +49,8 @@ def test_the_watchdog_speaks_once_on_stuck_runs(name, capsys):
 def test_the_watchdog_names_each_collapse():
     healthy = {"loss_over_ln_k": 0.7, "effective_rank": 20.0, "prototypes_used": 0.8}
     assert symptoms(healthy, 64) == {}
-    for change, words in (({"loss_over_ln_k": 0.995}, "ln K"), ({"effective_rank": 1.2}, "rank is 1.2 of 64"),
+    for change, words in (({"loss_over_ln_k": 0.995}, "ln K"),
+                          ({"effective_rank": 1.2}, "rank is 1.2 of 64"),
                           ({"prototypes_used": 0.03}, "only 3% of the prototypes")):
         meaning, = symptoms(healthy | change, 64).values()
         assert words in meaning
@@ -92,7 +93,7 @@ def test_the_sheet_shows_the_nearest_pictures_of_each_prototype(tmp_path):
         scores[k:k + 3, k] = torch.tensor([1.0, 0.5, 0.25])
     report.prototypes(tmp_path / "sheet.png", scores, pictures, nearest=3, columns=2)
     sheet = Image.open(tmp_path / "sheet.png").convert("L")
-    width, height = 3 * 9 + 1, 9 + 1                                # a row: pictures and their frames
+    width, height = 3 * 9 + 1, 9 + 1                    # a row: pictures and their frames
     assert sheet.size == (2 * (width + 3) + 3, 3 * (height + 3) + 3)
     # rows run down the columns, the prototype with most pictures first: 0 has 6 of them, 4 has 3
     for row, k in enumerate((0, 4, 1, 2, 3)):
@@ -114,7 +115,8 @@ def run_folder(folder, prototypes=64):
 
 def test_curves_are_drawn_with_ln_k(tmp_path):
     pytest.importorskip("matplotlib")
-    report.curves(tmp_path / "loss.png", [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", 30)])
+    runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", 30)]
+    report.curves(tmp_path / "loss.png", runs)
     assert Image.open(tmp_path / "loss.png").size == (840, 720)
     with pytest.raises(ValueError, match="not the folder of a run"):
         report.curves(tmp_path / "loss.png", [tmp_path / "nowhere"])
