@@ -99,14 +99,59 @@ class Config:
 
 
 RECIPES = {
-    # SEER's 256GF: one pass over a billion pictures
-    "seer": dict(images=1_000_000_000),
     # 64-pixel pictures on two CPU cores in a few minutes
     "demo": dict(arch="regnety_100mf", steps=500, batch_size=128,
                  crops="2x64@0.25-1+4x32@0.08-0.25", strength=0.2, gray=0.0, blur=0.0,
                  head="256-64", head_bn=True, prototypes=64, epsilon=0.03, sinkhorn_iterations=3,
                  freeze_prototypes=0, lr=4.8, warmup=0.08, weight_decay=1e-6),
 }
+# SEER by size: (value, source). VISSL: its configuration files and model documentation. Name: that
+# of the released weights. What no public source says is assumed, and printed so.
+_ASSUMED = "assumed"
+_SEER_COMMON = {
+    "images": (1_000_000_000, "one pass over a billion pictures (paper)"),
+    "crops": ("2x224+4x96", "VISSL"), "prototypes": (16000, "VISSL"),
+    "sinkhorn_iterations": (10, "VISSL, names"), "temperature": (0.1, "VISSL"),
+    "queue": (0, "VISSL"), "lr": (0.3, "VISSL, per 256 pictures"), "momentum": (0.9, "VISSL"),
+    "trust_coefficient": (0.001, "VISSL"), "freeze_prototypes": (313, "VISSL's base; " + _ASSUMED),
+}
+_SEER_LARGE = {"head": ("8192-8192-256", "VISSL"), "head_bn": (False, "VISSL")}
+SEER = {
+    "regnety_32gf": {
+        "batch_size": (4096, "name of the 16GF"), "head": ("4096-4096-256", "VISSL"),
+        "head_bn": (True, "VISSL"), "epsilon": (0.05, _ASSUMED), "weight_decay": (1e-5, _ASSUMED),
+        "final_lr": (0.001, "cosine: name; its end " + _ASSUMED),
+        "warmup": (0.0655, "'warmup2x' in the name, " + _ASSUMED + " 2 x 8,000 of 244,141 steps")},
+    "regnety_64gf": _SEER_LARGE | {
+        "prototypes": (16000, _ASSUMED), "sinkhorn_iterations": (10, _ASSUMED),
+        "batch_size": (4096, _ASSUMED), "epsilon": (0.05, _ASSUMED),
+        "weight_decay": (1e-5, _ASSUMED), "final_lr": (0.001, _ASSUMED),
+        "warmup": (0.0328, _ASSUMED + ": 8,000 steps, as the 128GF")},
+    "regnety_128gf": _SEER_LARGE | {
+        "batch_size": (4096, "name: 16 nodes x 8 x 32"), "epsilon": (0.05, _ASSUMED),
+        "weight_decay": (1e-5, _ASSUMED), "final_lr": (1.0, "name: constant after the warm-up"),
+        "warmup": (0.0328, "8,000 steps (name)")},
+    "regnety_256gf": _SEER_LARGE | {
+        "batch_size": (8192, "VISSL, name: 64 nodes x 8 x 16"), "weight_decay": (1e-5, "VISSL"),
+        "epsilon": (0.05, _ASSUMED + ": the files do not say"),
+        "final_lr": (0.001, "VISSL: 9.6 to 0.0096"), "warmup": (0.0655, "8,000 steps (name)")},
+    "regnety_10b": _SEER_LARGE | {
+        "crops": ("2x160+4x96", "VISSL"), "batch_size": (7936, "VISSL: 62 nodes x 8 x 16"),
+        "epsilon": (0.03, "VISSL"), "weight_decay": (1e-5, "VISSL"),
+        "final_lr": (0.001, "VISSL: 9.3 to 0.0093"), "freeze_prototypes": (313, "VISSL"),
+        "warmup": (0.043648, "VISSL")},
+}
+
+
+def seer(arch: str) -> dict[str, tuple[object, str]]:
+    """SEER's recipe for a size: option -> value and source. 8GF and 16GF were trained as the 32GF;
+    other sizes borrow the 32GF's, all assumed."""
+    rule = _SEER_COMMON | SEER.get(arch, SEER["regnety_32gf"])
+    if arch not in (*SEER, "regnety_8gf", "regnety_16gf"):
+        rule = {name: (value, _ASSUMED) for name, (value, _) in rule.items()}
+    return {"arch": (arch, "")} | rule
+
+
 LENGTHS = {"steps", "epochs", "images"}
 SMALL = 100_000             # pictures; with fewer, recipe small
 SMALL_PEAK = 2.4            # its peak learning rate
@@ -169,8 +214,9 @@ def parse_arguments(argv: list[str]) -> dict:
         description="Pretrain a RegNet with SwAV, as SEER was.", argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
         text, choices = field.metadata["help"], field.metadata["choices"]
+        recipes = {"seer": {}, **RECIPES}       # a field's default is that of the 256GF
         defaults = ", ".join(f"{name}: {recipe.get(field.name, field.default)}"
-                             for name, recipe in RECIPES.items())
+                             for name, recipe in recipes.items())
         kwargs = dict(help=f"{text} ({defaults})".replace("%", "%%"))
         if field.type is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
@@ -206,8 +252,10 @@ def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[obje
     if recipe == "small":
         pictures = survey(DemoImages() if images is None else images, decode)
         return recipe, small(pictures, given, world)
+    if recipe == "seer":
+        return recipe, seer(given.get("arch", Config.arch))
     if recipe not in RECIPES:
-        raise ValueError(unknown("recipe", recipe, [*RECIPES, "small"]))
+        raise ValueError(unknown("recipe", recipe, [*RECIPES, "seer", "small"]))
     about = {field.name: field.metadata["help"] for field in dataclasses.fields(Config)}
     return recipe, {name: (value, about[name]) for name, value in RECIPES[recipe].items()}
 

@@ -79,7 +79,7 @@ def test_the_watchdog_waits_and_starts_anew(capsys):
 
 def test_a_run_like_recipe_small_is_told_what_is_left():
     assert "nothing that is known" in remedies(configure({}))
-    seer = remedies(configure({"arch": "regnety_16gf"}))
+    seer = remedies(configure({"arch": "regnety_256gf"}))
     assert seer.startswith("--strength 0.2 (now 1), --epsilon 0.03") and "--head-bn" in seer
     assert "--lr" not in seer           # a peak of 9.6 is above the demo's 2.4
 

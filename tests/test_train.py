@@ -24,7 +24,7 @@ import train
 from images import Stream, Survey, collate, open_images
 from larc import LARC
 from multicrop import MultiCrop, Photometric, parse_crops
-from recipes import Config, choose_recipe, configure, parse_arguments, small, with_length
+from recipes import Config, choose_recipe, configure, parse_arguments, seer, small, with_length
 from regnet import ARCHS, RegNet
 from swav import Queue
 
@@ -390,6 +390,33 @@ def test_recipes_and_length():
                          ({"steps": 30, "epochs": 2.0}, 20)):
         config = configure({"batch_size": 100} | given)
         assert with_length(config, 1000).steps == steps
+
+
+@pytest.mark.parametrize("arch, steps, warmup, peak", [
+    ("regnety_128gf", 244_141, 8_000, 4.8), ("regnety_256gf", 122_071, 8_000, 9.6),
+    ("regnety_10b", 126_009, 5_500, 9.3)])
+def test_seers_recipes_give_the_published_schedules(arch, steps, warmup, peak):
+    """Steps, warm-up and peak learning rate as VISSL's documentation has them."""
+    config = with_length(configure({"arch": arch}), 10 ** 9)
+    assert config.steps == steps and config.warmup_steps() == pytest.approx(warmup, rel=2e-3)
+    assert config.peak_lr() == pytest.approx(peak)
+    last = config.lr_at(config.steps - 1) / peak
+    assert last == pytest.approx(1.0 if arch == "regnety_128gf" else 0.001, rel=1e-3)
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHS))
+def test_what_no_source_says_of_seer_is_called_assumed(arch):
+    rule = seer(arch)
+    sources = {name: source for name, (_, source) in rule.items() if name != "arch"}
+    assert all(sources.values())
+    if arch in ("regnety_400mf", "regnetx_16gf"):
+        assert set(sources.values()) == {"assumed"}
+    if arch == "regnety_10b":
+        assert not any("assumed" in source for source in sources.values())
+    config = configure({"arch": arch})
+    assert (config.batch_size == 8192) == (arch == "regnety_256gf")
+    assert config.head_bn == (arch not in ("regnety_64gf", "regnety_128gf", "regnety_256gf",
+                                           "regnety_10b"))
 
 
 def survey_of(count, gray=0.0, short_side=120):
