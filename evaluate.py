@@ -35,19 +35,19 @@ from demo import DemoImages
 from images import open_images
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, decode, parse_crops
 from recipes import parse_channels
-from regnet import ARCHS, RegNet
+from scale import TRUNKS, build_trunk
 
 WEIGHT_DECAYS = [10.0 ** exponent for exponent in range(0, -7, -1)]      # of the linear probe
 
 
-def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[RegNet, dict]:
+def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[nn.Module, dict]:
     """A run's folder, checkpoint.pt or trunk.pt, or "random" -> trunk in eval mode, the run's
     configuration ({} for random). Raises ValueError where there is none, or of another arch."""
     if source == "random":
-        if arch not in ARCHS:
-            raise ValueError(f"random needs --arch, one of {', '.join(sorted(ARCHS))}")
+        if arch not in TRUNKS:
+            raise ValueError(f"random needs --arch, one of {', '.join(sorted(TRUNKS))}")
         torch.manual_seed(seed)
-        return RegNet(ARCHS[arch]).eval(), {}
+        return build_trunk(arch).eval(), {}
     path = Path(source) / "trunk.pt" if Path(source).is_dir() else Path(source)
     state = checkpoint.load(path)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
@@ -65,9 +65,7 @@ def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[RegNet, dict
         except (ValueError, KeyError):
             raise ValueError(f"{beside} is damaged: give --arch and move it away") from None
     name = arch or config["arch"]
-    if name not in ARCHS:
-        raise ValueError(f"unknown arch {name!r}; there is {', '.join(sorted(ARCHS))}")
-    trunk = RegNet(ARCHS[name])
+    trunk = build_trunk(name)
     try:
         trunk.load_state_dict(state)
     except RuntimeError:

@@ -175,23 +175,25 @@ class Stream(Dataset):
 
 
 class Positions(Sampler):
-    """The stream's positions of one rank, batch by batch: steps start to stop of the run.
+    """The stream's positions of one rank, a micro-batch at a time: steps start to stop of the run.
 
-    Of the `batch_size` positions of a step, rank r takes the r-th of `world` equal runs.
+    Of the `batch_size` positions of a step, rank r takes the r-th of `world` equal runs, in pieces
+    of `micro_batch`, which divides such a run; 0: in one piece.
     """
 
-    def __init__(self, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1):
-        self.steps, self.batch_size = range(start, stop), batch_size
-        self.share = batch_size // world
-        self.first = rank * self.share
+    def __init__(self, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
+                 micro_batch: int = 0):
+        self.steps, self.batch_size, self.share = range(start, stop), batch_size, batch_size // world
+        self.first, self.piece = rank * self.share, micro_batch or self.share
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.steps) * (self.share // self.piece)
 
     def __iter__(self) -> Iterator[range]:
         for step in self.steps:
             first = step * self.batch_size + self.first
-            yield range(first, first + self.share)
+            for start in range(first, first + self.share, self.piece):
+                yield range(start, start + self.piece)
 
 
 def collate(samples: list) -> tuple[list[torch.Tensor], list[torch.Tensor], list[str]]:

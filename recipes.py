@@ -19,6 +19,7 @@ from demo import DemoImages
 from images import Survey, survey
 from multicrop import decode, parse_crops
 from regnet import ARCHS
+from scale import TRUNKS
 
 
 def option(default, help: str, low=None, high=math.inf, choices=None):
@@ -34,7 +35,7 @@ class Config:
     out: str = option("", "folder of the run; none: runs/RECIPE-ARCH")
     recipe: str = option("", "named set of defaults; none: small for fewer than 100,000 pictures "
                          "of your own, seer for more or with --arch alone, else demo")
-    arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS")
+    arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS, or resnet50")
     # length: whichever of these is given replaces the recipe's; of several, the shortest
     steps: int = option(0, "length of the run in optimizer steps", 0)
     epochs: float = option(0.0, "length of the run in passes over the data", 0)
@@ -58,15 +59,22 @@ class Config:
     hard: bool = option(False, "one-hot codes")
     temperature: float = option(0.1, "temperature of the predictions", 1e-3)
     queue: int = option(0, "embeddings kept for Sinkhorn, over all ranks; used once full", 0)
+    queue_start: int = option(0, "step from which the queue is used, if full", 0)
     freeze_prototypes: int = option(313, "steps during which the prototypes stay as they began", 0)
     # optimizer
     lr: float = option(0.3, "peak learning rate per 256 pictures of batch", 0)
     final_lr: float = option(0.001, "last learning rate of the cosine, share of the peak", 0, 1)
-    warmup: float = option(0.0655, "share of the run in which the learning rate rises from 0", 0, 1)
+    warmup: float = option(0.0655, "share of the run in which the learning rate rises", 0, 1)
+    first_lr: float = option(0.0, "learning rate before the first step, share of the peak", 0, 1)
     momentum: float = option(0.9, "momentum of SGD", 0, 1)
     trust_coefficient: float = option(0.001, "LARC's step relative to a tensor's norm", 0)
     weight_decay: float = option(1e-5, "weight decay, BatchNorm and biases too (SwAV: 1e-6)", 0)
     # machine
+    micro_batch: int = option(0, "pictures a rank computes at once; 0: what its memory has room for "
+                              "(--plan)", 0)
+    checkpoint_activations: bool | None = option(None, "keep only the inputs of blocks and compute "
+                                                 "them again; None: where memory asks for it")
+    sync_bn_group: int = option(0, "ranks that share BatchNorm's statistics (SEER: 64); 0: none", 0)
     precision: str = option("auto", "auto: bf16 where the device is made for it, else fp32",
                             choices=("auto", "bf16", "fp16", "fp32"))
     device: str = option("", "cuda, mps or cpu; none: the best one here")
@@ -92,7 +100,8 @@ class Config:
         """Linear warm-up, then half a cosine, by step."""
         warmup = self.warmup_steps()
         if step < warmup:
-            return self.peak_lr() * (step + 1) / warmup
+            rise = self.peak_lr() * (step + 1) / warmup
+            return rise + self.first_lr * (self.peak_lr() - rise)
         progress = (step - warmup) / max(1, self.steps - warmup)
         floor = self.final_lr
         return self.peak_lr() * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -105,6 +114,28 @@ RECIPES = {
                  head="256-64", head_bn=True, prototypes=64, epsilon=0.03, sinkhorn_iterations=3,
                  freeze_prototypes=0, lr=4.8, warmup=0.08, weight_decay=1e-6),
 }
+# SwAV's own: (value, source). Script: facebookresearch/swav's for 800 epochs, and for a batch of 256.
+_SWAV = {
+    "arch": ("resnet50", "script"), "epochs": (800.0, "script"), "batch_size": (4096, "script: 64 x 64"),
+    "crops": ("2x224+6x96", "script; 0.14 to 1 and 0.05 to 0.14 of the area"),
+    "strength": (1.0, "paper, A.3"), "gray": (0.2, "paper, A.3"), "blur": (0.5, "paper, A.3"),
+    "std": ("0.228,0.224,0.225", "its code; elsewhere the first is 0.229"),
+    "head": ("2048-128", "script"), "head_bn": (True, "its code"), "prototypes": (3000, "script"),
+    "epsilon": (0.05, "script"), "sinkhorn_iterations": (3, "script"),
+    "temperature": (0.1, "script"), "freeze_prototypes": (313, "script"),
+    "lr": (0.3, "script: 4.8 at 4096"), "final_lr": (0.001, "script: 0.0048"),
+    "warmup": (0.0125, "script: 10 epochs"), "first_lr": (0.0625, "script: from 0.3"),
+    "momentum": (0.9, "its code"), "trust_coefficient": (0.001, "its code"),
+    "weight_decay": (1e-6, "script"), "sync_bn_group": (8, "script"),
+}
+SWAV = {
+    "swav": _SWAV,
+    "swav-bs256": _SWAV | {
+        "epochs": (200.0, "script"), "batch_size": (256, "script: 4 x 64"),
+        "lr": (0.6, "script"), "warmup": (0.0, "script"), "first_lr": (0.0, "script"),
+        "freeze_prototypes": (5005, "script: an epoch"), "queue": (3840, "script"),
+        "queue_start": (75_075, "script: 15 epochs of ImageNet")},
+}
 # SEER by size: (value, source). VISSL: its configuration files and model documentation. Name: that
 # of the released weights. What no public source says is assumed, and printed so.
 _ASSUMED = "assumed"
@@ -114,30 +145,35 @@ _SEER_COMMON = {
     "sinkhorn_iterations": (10, "VISSL, names"), "temperature": (0.1, "VISSL"),
     "queue": (0, "VISSL"), "lr": (0.3, "VISSL, per 256 pictures"), "momentum": (0.9, "VISSL"),
     "trust_coefficient": (0.001, "VISSL"), "freeze_prototypes": (313, "VISSL's base; " + _ASSUMED),
+    "first_lr": (0.0625, "VISSL's base starts at 0.3; " + _ASSUMED),
 }
 _SEER_LARGE = {"head": ("8192-8192-256", "VISSL"), "head_bn": (False, "VISSL")}
 SEER = {
     "regnety_32gf": {
         "batch_size": (4096, "name of the 16GF"), "head": ("4096-4096-256", "VISSL"),
         "head_bn": (True, "VISSL"), "epsilon": (0.05, _ASSUMED), "weight_decay": (1e-5, _ASSUMED),
+        "sync_bn_group": (32, "name of the 16GF"),
         "final_lr": (0.001, "cosine: name; its end " + _ASSUMED),
         "warmup": (0.0655, "'warmup2x' in the name, " + _ASSUMED + " 2 x 8,000 of 244,141 steps")},
     "regnety_64gf": _SEER_LARGE | {
         "prototypes": (16000, _ASSUMED), "sinkhorn_iterations": (10, _ASSUMED),
-        "batch_size": (4096, _ASSUMED), "epsilon": (0.05, _ASSUMED),
+        "batch_size": (4096, _ASSUMED), "epsilon": (0.05, _ASSUMED), "sync_bn_group": (64, _ASSUMED),
         "weight_decay": (1e-5, _ASSUMED), "final_lr": (0.001, _ASSUMED),
         "warmup": (0.0328, _ASSUMED + ": 8,000 steps, as the 128GF")},
     "regnety_128gf": _SEER_LARGE | {
         "batch_size": (4096, "name: 16 nodes x 8 x 32"), "epsilon": (0.05, _ASSUMED),
         "weight_decay": (1e-5, _ASSUMED), "final_lr": (1.0, "name: constant after the warm-up"),
+        "sync_bn_group": (64, "name"),
         "warmup": (0.0328, "8,000 steps (name)")},
     "regnety_256gf": _SEER_LARGE | {
         "batch_size": (8192, "VISSL, name: 64 nodes x 8 x 16"), "weight_decay": (1e-5, "VISSL"),
-        "epsilon": (0.05, _ASSUMED + ": the files do not say"),
+        "epsilon": (0.05, _ASSUMED + ": the files do not say"), "sync_bn_group": (64, "name"),
+        "first_lr": (0.03125, "VISSL's base starts at 0.3; " + _ASSUMED),
         "final_lr": (0.001, "VISSL: 9.6 to 0.0096"), "warmup": (0.0655, "8,000 steps (name)")},
     "regnety_10b": _SEER_LARGE | {
         "crops": ("2x160+4x96", "VISSL"), "batch_size": (7936, "VISSL: 62 nodes x 8 x 16"),
         "epsilon": (0.03, "VISSL"), "weight_decay": (1e-5, "VISSL"),
+        "first_lr": (0.3 / 9.3, "VISSL's base: from 0.3"), "sync_bn_group": (8, "VISSL: a node"),
         "final_lr": (0.001, "VISSL: 9.3 to 0.0093"), "freeze_prototypes": (313, "VISSL"),
         "warmup": (0.043648, "VISSL")},
 }
@@ -208,17 +244,24 @@ def small(pictures: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
     }
 
 
+# of --plan: value and help text
+MACHINE = {"gpus": (8, "number of GPUs"), "gpu_memory": (80.0, "memory of each, GB (10^9 bytes)"),
+           "tflops": (790.0, "TFLOP/s of each in bf16, as a large matrix product reaches"),
+           "utilisation": (0.4, "share of these that training reaches (assumed)")}
+
+
 def parse_arguments(argv: list[str]) -> dict:
     """Command line -> the options given. Hyphens and underscores alike."""
     parser = argparse.ArgumentParser(
         description="Pretrain a RegNet with SwAV, as SEER was.", argument_default=argparse.SUPPRESS)
+    # a field's default is that of the 256GF
+    recipes = {"seer": {}, "swav": {name: value for name, (value, _) in _SWAV.items()}, **RECIPES}
     for field in dataclasses.fields(Config):
         text, choices = field.metadata["help"], field.metadata["choices"]
-        recipes = {"seer": {}, **RECIPES}       # a field's default is that of the 256GF
         defaults = ", ".join(f"{name}: {recipe.get(field.name, field.default)}"
                              for name, recipe in recipes.items())
         kwargs = dict(help=f"{text} ({defaults})".replace("%", "%%"))
-        if field.type is bool:
+        if field.type in (bool, bool | None):
             kwargs["action"] = argparse.BooleanOptionalAction
         else:
             kwargs |= dict(type=field.type, choices=choices,
@@ -226,6 +269,11 @@ def parse_arguments(argv: list[str]) -> dict:
         parser.add_argument(flag(field.name), **kwargs)
     parser.add_argument("--explain", action="store_true", default=argparse.SUPPRESS,
                         help="print the recipe's settings, with its reasons, and stop")
+    plan = parser.add_argument_group("what a run takes, on GPUs that need not be here")
+    plan.add_argument("--plan", action="store_true", default=argparse.SUPPRESS,
+                      help="print its memory, time and traffic, and stop")
+    for name, (value, text) in MACHINE.items():
+        plan.add_argument(flag(name), type=type(value), metavar="N", help=f"{text} ({value:g})")
     parser.add_argument("--plot", nargs="+", metavar="RUN",
                         help="draw the loss of these runs' folders, and stop (needs matplotlib)")
     flags = [arg.replace("_", "-", arg.split("=")[0].count("_")) if arg.startswith("--") else arg
@@ -243,7 +291,7 @@ def choose_recipe(given: dict, images) -> str:
             raise ValueError(f"{len(images):,} pictures are more than recipe small is made for: "
                              "name a network for recipe seer (--arch regnety_16gf), or insist "
                              "(--recipe small)")
-    return "seer" if "arch" in given else "demo"
+    return {None: "demo", "resnet50": "swav"}.get(given.get("arch"), "seer")
 
 
 def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[object, str]]]:
@@ -254,8 +302,10 @@ def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[obje
         return recipe, small(pictures, given, world)
     if recipe == "seer":
         return recipe, seer(given.get("arch", Config.arch))
+    if recipe in SWAV:
+        return recipe, SWAV[recipe]
     if recipe not in RECIPES:
-        raise ValueError(unknown("recipe", recipe, [*RECIPES, "seer", "small"]))
+        raise ValueError(unknown("recipe", recipe, [*RECIPES, *SWAV, "seer", "small"]))
     about = {field.name: field.metadata["help"] for field in dataclasses.fields(Config)}
     return recipe, {name: (value, about[name]) for name, value in RECIPES[recipe].items()}
 
@@ -274,8 +324,8 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
     if LENGTHS & set(given):
         defaults = {name: value for name, value in defaults.items() if name not in LENGTHS}
     config = Config(**defaults | given | {"recipe": recipe})
-    if config.arch not in ARCHS:
-        raise ValueError(unknown("arch", config.arch, ARCHS))
+    if config.arch not in TRUNKS:
+        raise ValueError(unknown("arch", config.arch, TRUNKS))
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
         low, high = field.metadata["low"], field.metadata["high"]
@@ -290,7 +340,8 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
     specs = parse_crops(config.crops)
     if sum(spec.count for spec in specs) < 2:
         raise ValueError(f"--crops {config.crops}: SwAV needs at least two crops of a picture")
-    size, stages = min(spec.size for spec in specs), len(ARCHS[config.arch].stages())
+    size = min(spec.size for spec in specs)
+    stages = len(ARCHS[config.arch].stages()) if config.arch in ARCHS else 4
     if size <= 2 ** stages:
         # nothing to convolve; and oneDNN's bf16 gradient there is garbage (torch 2.11 and 2.15)
         raise ValueError(f"--crops {config.crops}: {size} pixels are a single one before the "
@@ -299,6 +350,11 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
         if getattr(config, name) % world:
             raise ValueError(f"{flag(name)} {getattr(config, name)} is not divisible by {world} "
                              f"processes; {getattr(config, name) // world * world} is")
+    share = config.batch_size // world
+    if config.micro_batch and share % config.micro_batch:
+        fitting = max(n for n in range(1, min(config.micro_batch, share) + 1) if share % n == 0)
+        raise ValueError(f"--micro-batch {config.micro_batch} does not divide the {share} pictures "
+                         f"of a process; {fitting} does")
     return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}")
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from recipes import Config, parse_head, remedies
 from regnet import ARCHS
+from scale import sync_group
 from swav import symptoms
 
 ASK = "pip install matplotlib to have the loss drawn"
@@ -31,16 +32,23 @@ ASK = "pip install matplotlib to have the loss drawn"
 def start(config: Config, images, world: int, device, dtype, done: int) -> None:
     """What is about to be trained, on what."""
     source = config.data or "the built-in demo pictures (--data DIR trains on your own)"
+    norms = ""
+    if config.sync_bn_group > 1:
+        group = sync_group(config.sync_bn_group, world, device)
+        norms = (f"; BatchNorm over {group} ranks" if group > 1 else "; BatchNorm of each rank by "
+                 f"itself: SyncBatchNorm over {config.sync_bn_group} needs CUDA and several ranks")
     small = " (for fewer than 100,000 pictures; --explain gives its reasons)"
     print(f"data: {len(images):,} pictures from {source}\n"
           f"recipe {config.recipe}{small * (config.recipe == 'small')}: {config.arch}, "
           f"crops {config.crops}, head {config.head}, {config.prototypes} prototypes; "
           f"ln K = {math.log(config.prototypes):.3f}\n"
           f"batch {config.batch_size} = {world} rank{'s' * (world > 1)} x "
-          f"{config.batch_size // world}; lr {config.lr:g} per 256 pictures = "
+          f"{config.batch_size // world // config.micro_batch} x {config.micro_batch}; lr {config.lr:g} per 256 pictures = "
           f"{config.peak_lr():g}; {config.steps} steps = "
           f"{config.steps * config.batch_size / len(images):.1f} epochs\n"
-          f"{device}, {str(dtype).removeprefix('torch.')}; run folder {config.out}"
+          f"{device}, {str(dtype).removeprefix('torch.')}"
+          + "; blocks are computed again in the backward pass" * bool(config.checkpoint_activations)
+          + norms + f"; run folder {config.out}"
           + (f"; resumed after step {done}" if done else ""), flush=True)
 
 
@@ -92,8 +100,11 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> None:
 
 def usage(config: Config, out: Path) -> str:
     """How to use the trunk elsewhere: with torchvision alone, where it has this network."""
-    params = ARCHS[config.arch]
-    if dataclasses.replace(params, rounding="torchvision").stages() == params.stages():
+    params = ARCHS.get(config.arch)
+    if params is None:
+        lines = [f"import torch; from torchvision.models import {config.arch}",
+                 f"trunk = {config.arch}(); trunk.fc = torch.nn.Identity()"]
+    elif dataclasses.replace(params, rounding="torchvision").stages() == params.stages():
         numbers = f"{params.depth}, {params.w_0}, {params.w_a}, {params.w_m}, {params.group_width}"
         lines = ["import torch; from torchvision.models.regnet import BlockParams, RegNet",
                  f"trunk = RegNet(BlockParams.from_init_params({numbers}, "

@@ -20,6 +20,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
+import itertools
 import json
 import math
 import platform
@@ -31,10 +32,10 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+import bench
 import checkpoint
 import evaluate
 import report
@@ -42,74 +43,43 @@ from demo import DemoImages
 from images import NoReadablePicture, Positions, Stream, collate, open_images, permute
 from larc import LARC
 from multicrop import MultiCrop, Photometric, parse_crops
-from recipes import (Config, configure, explain, parse_arguments, parse_channels, parse_head,
-                     with_length)
-from regnet import ARCHS, RegNet
-from swav import Queue, SwAV, collapse_statistics, swav_codes, swav_loss
+from recipes import (MACHINE, Config, configure, explain, parse_arguments, parse_channels,
+                     parse_head, with_length)
+from scale import build_model, layout, pick_device, pick_precision, swav_backward, wrap
+from swav import Queue, SwAV, collapse_statistics, swav_codes
 
 SHEET = 2048                # pictures from which the sheet of prototypes is drawn
 MAX_BAD_SHARE = 0.1         # of the pictures read so far; above it the run ends
 REMEDY = "lower --lr, or use --precision fp32; the last good checkpoint was kept"
 # what may change between the parts of one run
-FREE = ("out", "device", "workers", "log_every", "save_every")
-
-
-def pick_device(name: str, local_rank: int) -> torch.device:
-    if not name:
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank if device.index is None else device.index)
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        if device.type == "cpu":            # not every build for a CPU has oneDNN
-            native = (torch.backends.mkldnn.is_available()
-                      and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        else:
-            native = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        name = "bf16" if native else "fp32"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+FREE = ("out", "device", "workers", "log_every", "save_every", "micro_batch",
+        "checkpoint_activations")
 
 
 # ---------------------------------------------------------------------------------- one step
-def build_model(config: Config) -> SwAV:
-    torch.manual_seed(config.seed)
-    return SwAV(RegNet(ARCHS[config.arch]), parse_head(config.head), config.prototypes,
-                config.head_bn)
+def fresh_model(config: Config, device="cpu") -> SwAV:
+    return build_model(config.arch, parse_head(config.head), config.prototypes, config.head_bn,
+                       config.seed, device)
 
 
-def layout(device: torch.device) -> torch.memory_format:
-    """Channels-last is 1.8 times as fast on a CPU; on a GPU it is not settled for grouped 3x3."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+def swav_step(config: Config, step: int, model: SwAV, wrapped: torch.nn.Module,
+              queue: Queue | None, micro_batches: list, **options):
+    """Loss, and the embeddings and scores the codes were made of; gradients are in .grad.
 
+    micro_batches, options: as scale.swav_backward's.
+    """
+    def codes_of(embeddings, scores, num_crops):
+        use = queue and step >= config.queue_start
+        codes = swav_codes(scores, num_crops, epsilon=config.epsilon,
+                           iterations=config.sinkhorn_iterations, hard=config.hard,
+                           queue_scores=queue.scores(model.prototypes.weight) if use else None)
+        if queue:
+            queue.push(embeddings, num_crops)
+        return codes
 
-def wrap(model: SwAV, device: torch.device, world: int) -> torch.nn.Module:
-    """Everything that is done to the built model from outside, in order: DDP is the last."""
-    if world == 1:
-        return model
-    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-
-
-def swav_step(config: Config, model, prototypes: torch.Tensor, queue: Queue | None, crops: list):
-    """Crops, one tensor per size -> loss, and the embeddings and scores it was made of."""
-    num_crops = sum(spec.count for spec in parse_crops(config.crops))
-    embeddings, scores = model(crops)                                # (V*B, D), (V*B, K)
-    codes = swav_codes(scores, num_crops, epsilon=config.epsilon,
-                       iterations=config.sinkhorn_iterations, hard=config.hard,
-                       queue_scores=queue.scores(prototypes) if queue else None)
-    if queue:
-        queue.push(embeddings, num_crops)
-    return swav_loss(scores, codes, num_crops, temperature=config.temperature), embeddings, scores
+    return swav_backward(model, wrapped, micro_batches,
+                         [spec.count for spec in parse_crops(config.crops)], codes_of,
+                         config.temperature, **options)
 
 
 # ------------------------------------------------------------------------------------ the run
@@ -138,7 +108,9 @@ def setup(config: Config, images) -> SimpleNamespace:
     if len(set(gather_lists([(config, start)]))) > 1:
         raise ValueError(f"the ranks do not see the same pictures, or not the same "
                          f"{out}/checkpoint.pt; both must be shared")
-    model = build_model(config).to(device, memory_format=layout(device))
+    config = bench.fit(config, world, min(gather_lists([bench.memory_of(device)])), dtype)
+    model = fresh_model(config, device)
+    wrapped = wrap(model, device, config.sync_bn_group, config.checkpoint_activations)
     optimizer = LARC(model.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -154,7 +126,7 @@ def setup(config: Config, images) -> SimpleNamespace:
         write_config(config, out)
     return SimpleNamespace(
         config=config, out=out, start=start, rank=rank, world=world, device=device, dtype=dtype,
-        specs=specs, stream=stream, model=model, wrapped=wrap(model, device, world),
+        specs=specs, stream=stream, model=model, wrapped=wrapped,
         optimizer=optimizer, scaler=scaler, queue=queue)
 
 
@@ -164,17 +136,18 @@ def train(run: SimpleNamespace) -> None:
     optimizer, scaler, out, main = run.optimizer, run.scaler, run.out, run.rank == 0
     mean, std = parse_channels(config.mean), parse_channels(config.std)
     distort = Distort(Photometric(mean, std).to(device))
-    positions = Positions(start, config.steps, config.batch_size, run.rank, run.world)
+    positions = Positions(start, config.steps, config.batch_size, run.rank, run.world,
+                          config.micro_batch)
     # on a CPU the workers distort too: they have time to spare, the computing threads have none
     loader = DataLoader(run.stream, batch_sampler=positions,
-                        collate_fn=distort if device.type == "cpu" else collate,
+                        collate_fn=distort.collate if device.type == "cpu" else collate,
                         num_workers=share_processors(config, device),
                         pin_memory=device.type == "cuda")
     log, watchdog = open_log(out / "log.jsonl", start) if main else None, report.Watchdog(config)
     bad_pictures, bad_total, waited, logged, clock = [], 0, 0.0, start, time.perf_counter()
     steps = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step",
                  disable=not main or not sys.stderr.isatty())
-    batches = iter(loader)
+    batches, pieces = iter(loader), config.batch_size // run.world // config.micro_batch
 
     for step in steps:
         # schedule
@@ -183,22 +156,22 @@ def train(run: SimpleNamespace) -> None:
 
         # crops
         wait = time.perf_counter()
-        crops, params, bad = next(batches)
+        micro_batches = []
+        for crops, params, bad in itertools.islice(batches, pieces):
+            bad_pictures += bad
+            micro_batches.append([(c.to(device, non_blocking=True), p)
+                                  for c, p in zip(crops, params)])
         waited += time.perf_counter() - wait
-        bad_pictures += bad
-        if device.type != "cpu":
-            crops = distort.crops([c.to(device, non_blocking=True) for c in crops], params)
         if main and step == 0:
-            report.views(out / "views.png", crops, run.specs, mean, std)
+            report.views(out / "views.png", distort(micro_batches[0]), run.specs, mean, std)
 
-        # forward, codes, loss
-        with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
-            loss, embeddings, scores = swav_step(
-                config, run.wrapped, model.prototypes.weight, queue, crops)
-
-        # backward, freeze, step, normalise
+        # forward, codes, loss, backward
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        loss, embeddings, scores = swav_step(
+            config, step, model, run.wrapped, queue, micro_batches, dtype=run.dtype,
+            scaler=scaler, prepare=distort)
+
+        # freeze, step, normalise
         if step < config.freeze_prototypes:
             model.freeze_prototypes()
         scaler.step(optimizer)
@@ -209,7 +182,7 @@ def train(run: SimpleNamespace) -> None:
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             # note: a sync point, and with several ranks a collective
-            loss = mean_over_ranks(loss.detach())
+            loss = mean_over_ranks(loss)
             bad_pictures = gather_lists(bad_pictures)
             bad_total += len(bad_pictures)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -289,18 +262,19 @@ def share_processors(config: Config, device: torch.device) -> int:
 
 
 class Distort:
-    """Distortion of a batch; and, as a worker's collate function, of its samples."""
+    """A micro-batch's pairs of crops and parameters, one a size -> what the network takes; and, as
+    a worker's collate function, the same for samples. What is distorted already stays as it is."""
 
     def __init__(self, photometric: Photometric):
         self.photometric = photometric
 
-    def crops(self, crops: list, params: list) -> list:
-        return [self.photometric(c, p).to(memory_format=layout(c.device))
-                for c, p in zip(crops, params)]
+    def __call__(self, pairs: list) -> list:
+        return [c if c.is_floating_point() else
+                self.photometric(c, p).to(memory_format=layout(c.device)) for c, p in pairs]
 
-    def __call__(self, samples: list):
+    def collate(self, samples: list):
         crops, params, bad = collate(samples)
-        return self.crops(crops, params), params, bad
+        return self(zip(crops, params)), params, bad
 
 
 def write_config(config: Config, out: Path) -> None:
@@ -368,7 +342,7 @@ def look_back(run: SimpleNamespace) -> None:
         queries, rows = decoded(held_out), {}
         pixels = torch.nn.Sequential(torch.nn.AvgPool2d(2), torch.nn.Flatten())
         for name, network in {"raw pixels, two by two": pixels,
-                              "untrained trunk": build_model(config).trunk,
+                              "untrained trunk": fresh_model(config).trunk,
                               "trained trunk": model.trunk}.items():
             both = (evaluate.labelled_features(network, images, pictures, **options),
                     evaluate.labelled_features(network, held_out, queries, **options))
@@ -414,12 +388,20 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     given = parse_arguments(sys.argv[1:] if argv is None else argv)
     only_explain, runs = given.pop("explain", False), given.pop("plot", [])
+    only_plan = given.pop("plan", False)
+    machine = {name: given.pop(name, default) for name, (default, _) in MACHINE.items()}
     try:
         if runs:
             picture = Path(runs[0], "loss.png") if len(runs) == 1 else Path("loss.png")
             report.curves(picture, runs)
             return print(picture)
+        if only_plan and not given.get("data"):
+            given.setdefault("arch", Config.arch)
+            return print(bench.plan(configure(given, machine["gpus"]), **machine))
         images = open_images(given["data"]) if given.get("data") else DemoImages("train")
+        if only_plan:
+            config = configure(given, machine["gpus"], images)
+            return print(bench.plan(config, len(images), **machine))
         if only_explain:
             return print(explain(given, world, images))
         config = configure(given, world, images)

@@ -1,4 +1,4 @@
-"""Run a function of a test file in two processes joined by gloo.
+"""Run a function of a test file in two processes joined by gloo (or one, or by nccl).
 
     results = run_ranks(worker, tmp_path, *arguments)       # one result per rank
 
@@ -9,20 +9,22 @@ import importlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 
-def run_ranks(worker, tmp_path: Path, *arguments, world: int = 2, timeout: float = 120) -> list:
-    folder = tmp_path / f"{worker.__name__}-ranks"
-    folder.mkdir()
+def run_ranks(worker, tmp_path: Path, *arguments, world: int = 2, timeout: float = 120,
+              backend: str = "gloo") -> list:
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
     torch.save(arguments, folder / "arguments.pt")
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
                                 "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, worker.__module__, worker.__name__, str(folder), str(world)]
+    command = [sys.executable, __file__, worker.__module__, worker.__name__, str(folder), backend,
+               str(world)]
     processes = [subprocess.Popen([*command, str(rank)], env=environment, text=True,
                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
                  for rank in range(world)]
@@ -38,8 +40,8 @@ def run_ranks(worker, tmp_path: Path, *arguments, world: int = 2, timeout: float
 
 
 if __name__ == "__main__":
-    module, name, folder, world, rank = sys.argv[1:]
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
+    module, name, folder, backend, world, rank = sys.argv[1:]
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous",
                             rank=int(rank), world_size=int(world))
     try:
         function = getattr(importlib.import_module(module), name)

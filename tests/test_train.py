@@ -85,12 +85,12 @@ def test_a_folder_of_pictures_in_a_trained_trunk_out(photos, tmp_path, capsys):
     assert all(name in named for name in ("empty.jpg", "text.png", "truncated.jpg"))
     assert Image.open(out / "views.png").size == (4 * 34 + 2, 4 * 34 + 2)
     printed = capsys.readouterr().out
-    assert "step 12/12" in printed and "batch 4 = 1 rank x 4" in printed and "trunk.pt" in printed
+    assert "step 12/12" in printed and "batch 4 = 1 rank x 1 x 4" in printed and "trunk.pt" in printed
 
     # the last lines of a run: how to use its trunk elsewhere, here with torchvision
     namespace = {}
     exec("\n".join(line.strip() for line in printed.splitlines()[-3:]), namespace)
-    theirs, ours = namespace["trunk"], train.build_model(configure({"recipe": "demo"})).trunk.eval()
+    theirs, ours = namespace["trunk"], train.fresh_model(configure({"recipe": "demo"})).trunk.eval()
     ours.load_state_dict(torch.load(out / "trunk.pt", weights_only=True))
     images = torch.randn(2, 3, 64, 64)
     assert type(theirs) is torchvision.models.RegNet
@@ -109,7 +109,8 @@ def test_workers_may_be_spawned(photos):
     crop = MultiCrop(parse_crops("2x16"), config.strength_at)
     stream, distort = Stream(open_images(photos), crop, 0), train.Distort(Photometric())
     again, distort_again = pickle.loads(pickle.dumps((stream, distort)))
-    assert equal(list(distort([stream[5], stream[400]])), list(distort_again([again[5], again[400]])))
+    assert equal(list(distort.collate([stream[5], stream[400]])),
+                 list(distort_again.collate([again[5], again[400]])))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -118,7 +119,7 @@ def test_each_precision_trains(photos, tmp_path, precision):
     # fp16 begins with a loss scale that overflows: its first steps are skipped
     assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / precision))
     weights = torch.load(tmp_path / precision / "trunk.pt", weights_only=True)
-    fresh = train.build_model(configure({"recipe": "demo"})).trunk.state_dict()
+    fresh = train.fresh_model(configure({"recipe": "demo"})).trunk.state_dict()
     assert {v.dtype for v in weights.values()} == {torch.float32, torch.int64}
     assert not torch.equal(weights["stem.0.weight"], fresh["stem.0.weight"])
 
@@ -155,7 +156,7 @@ def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
     run(photos, tmp_path / "run", *options)
     config = with_length(configure(parse_arguments([*SMALL, *options])), 30)
     train.share_processors(config, torch.device("cpu"))      # as many threads: sums round alike
-    model = train.build_model(config).to(memory_format=torch.channels_last)
+    model = train.fresh_model(config).to(memory_format=torch.channels_last)
     optimizer = LARC(model.parameters(), 0.0, config.momentum, config.weight_decay,
                      config.trust_coefficient)
     crop = MultiCrop(parse_crops(config.crops), config.strength, gray=config.gray, blur=config.blur)
@@ -204,8 +205,8 @@ def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
 def steps_on_ranks(rank, world, steps, queue_length):
     """Steps on this rank's part of joined batches, BatchNorm in eval mode, fp32."""
     config = replace(configure({"recipe": "demo"}), head="32-16", prototypes=12, crops="2x32+2x16")
-    model = train.build_model(config).eval()
-    wrapped = train.wrap(model, torch.device("cpu"), world)
+    model = train.fresh_model(config).eval()
+    wrapped = train.wrap(model, torch.device("cpu"))
     optimizer = LARC(model.parameters(), lr=1.0, weight_decay=1e-4)
     queue, losses = Queue(queue_length // world, 16), []
     for step in range(steps):
@@ -213,14 +214,13 @@ def steps_on_ranks(rank, world, steps, queue_length):
         joined = [torch.randn(count, 8, 3, size, size, generator=generator)
                   for count, size in ((2, 32), (2, 16))]                 # (count, B, 3, s, s)
         crops = [c[:, rank * 8 // world:(rank + 1) * 8 // world].flatten(0, 1) for c in joined]
-        loss, _, _ = train.swav_step(config, wrapped, model.prototypes.weight, queue, crops)
         optimizer.zero_grad()
-        loss.backward()
+        loss, _, _ = train.swav_step(config, step, model, wrapped, queue, [crops])
         if step < 1:
             model.freeze_prototypes()
         optimizer.step()
         model.normalize_prototypes()
-        losses.append(train.mean_over_ranks(loss.detach()).item())
+        losses.append(train.mean_over_ranks(loss).item())
     return losses, model.state_dict()
 
 
@@ -231,7 +231,7 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path):
         assert got == pytest.approx(losses, abs=1e-5)
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    fresh = train.build_model(replace(configure({"recipe": "demo"}), head="32-16", prototypes=12))
+    fresh = train.fresh_model(replace(configure({"recipe": "demo"}), head="32-16", prototypes=12))
     assert any((v - expected[k]).abs().max() > 1e-2 for k, v in fresh.state_dict().items())
 
 
@@ -247,7 +247,7 @@ def test_torchrun_trains_and_resumes_on_another_number_of_ranks(photos, tmp_path
     options = [f"--data={photos}", f"--out={out}", *SMALL, "--steps=8", "--queue=8"]
     result = torchrun(*options)
     assert result.returncode == 0, result.stderr
-    assert "batch 4 = 2 ranks x 2" in result.stdout
+    assert "batch 4 = 2 ranks x 1 x 2" in result.stdout
     named = {f.split(":")[0] for line in log_of(out) for f in line["bad"]}
     assert named == {"empty.jpg", "truncated.jpg", os.path.join("more", "text.png")}
     state = checkpoint.load(out / "checkpoint.pt")

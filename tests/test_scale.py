@@ -1,0 +1,291 @@
+"""scale.py: micro-batches against the joined batch, each wrapper on against off, in one process and
+in two."""
+import random
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import nn
+
+import scale
+from multicrop import MultiCrop, Photometric, parse_crops
+from swav import Queue, SwAV, swav_codes, swav_loss
+from train import Distort
+
+CPU = torch.device("cpu")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+SPECS = parse_crops("2x48+3x32")
+
+
+def tiny(arch="regnety_100mf", head_bn=False, device="cpu", seed=0):
+    return scale.build_model(arch, (24, 16), 12, head_bn, seed, device)
+
+
+def pictures(count, seed=0):
+    """Crops of `count` pictures, (crops, count, 3, s, s) a size."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(spec.count, count, 3, spec.size, spec.size, generator=generator)
+            for spec in SPECS]
+
+
+def cut(joined, pieces, rank=0, world=1):
+    """A rank's micro-batches of a joined batch."""
+    of_rank = [size.chunk(world, 1)[rank].chunk(pieces, 1) for size in joined]
+    return [[crops.flatten(0, 1) for crops in micro_batch] for micro_batch in zip(*of_rank)]
+
+
+def codes_of(embeddings, scores, num_crops, queue=None, prototypes=None):
+    return swav_codes(scores, num_crops, queue_scores=queue and queue.scores(prototypes))
+
+
+def backward(model, wrapped, micro_batches, codes_of=codes_of, **options):
+    return scale.swav_backward(model, wrapped, micro_batches, [spec.count for spec in SPECS],
+                               codes_of, **options)
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def plain_step(model, joined, codes_of=codes_of):
+    """Forward, codes, loss, backward of the joined batch, as in README's "Train on your own terms"."""
+    embeddings, scores = model([size.flatten(0, 1) for size in joined])
+    loss = swav_loss(scores, codes_of(embeddings, scores, 5), 5)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_close(mine, expected, tolerance=1e-5):
+    """By tensor, relative to its norm; a bias under a BatchNorm has none but rounding."""
+    for name, value in expected.items():
+        assert (mine[name] - value).norm() <= tolerance * (value.norm() + 1e-4), name
+
+
+# --------------------------------------------------------------------------------- accumulation
+@pytest.mark.parametrize("with_queue", [False, True])
+@pytest.mark.parametrize("head_bn", [False, True])
+@pytest.mark.parametrize("pieces", [1, 2, 4, 8])
+def test_micro_batches_have_the_gradient_of_the_joined_batch(pieces, head_bn, with_queue):
+    model, joined = tiny(head_bn=head_bn).eval(), pictures(8)
+    assign = codes_of
+    if with_queue:
+        queue = Queue(10, 16)
+        queue.embeddings = nn.functional.normalize(torch.randn(2, 10, 16), dim=2)
+        queue.filled = 10
+        assign = partial(codes_of, queue=queue, prototypes=model.prototypes.weight.detach())
+    loss, expected = plain_step(model, joined, assign)
+    model.zero_grad()
+    mine, embeddings, scores = backward(model, model, cut(joined, pieces), assign)
+    assert mine == pytest.approx(loss.item(), rel=1e-6)
+    assert_close(gradients(model), expected, tolerance=1e-4)
+    crops = 5 if pieces == 1 else 2
+    assert embeddings.shape == (crops * 8, 16) and scores.shape == (crops * 8, 12)
+    with torch.no_grad():                       # rows in the order of the joined batch
+        torch.testing.assert_close(scores, model([c.flatten(0, 1) for c in joined])[1][:len(scores)])
+
+
+def test_codes_of_each_micro_batch_alone_would_differ():
+    """The reason for the first pass; and a check that the test above can fail."""
+    model, joined = tiny().eval(), pictures(8)
+    _, expected = plain_step(model, joined)
+    model.zero_grad()
+    for micro_batch in cut(joined, 4):
+        plain_step(model, [c.unflatten(0, (spec.count, -1)) for c, spec in zip(micro_batch, SPECS)])
+    apart = gradients(model)
+    with pytest.raises(AssertionError):
+        assert_close({name: grad / 4 for name, grad in apart.items()}, expected, tolerance=0.01)
+
+
+def test_the_first_pass_touches_no_buffer_and_the_second_each_once():
+    model, other, joined = tiny(head_bn=True), tiny(head_bn=True), pictures(8)
+    backward(model, model, cut(joined, 4))
+    for micro_batch in cut(joined, 4):
+        other(micro_batch)
+    for (name, buffer), (_, expected) in zip(model.named_buffers(), other.named_buffers()):
+        assert torch.equal(buffer, expected), name
+    assert model.trunk.stem[1].num_batches_tracked == 4 * len(SPECS)
+    assert model.head[1].num_batches_tracked == 4
+    assert model.trunk.stem[1].momentum == 0.1
+
+
+def test_both_passes_see_the_same_distorted_crops():
+    crop, generator = MultiCrop(SPECS), torch.Generator().manual_seed(0)
+    rng = random.Random(0)
+    micro_batches = [[(torch.randint(0, 256, (spec.count * 2, 3, spec.size, spec.size),
+                                     generator=generator, dtype=torch.uint8),
+                       torch.tensor([crop.draw(rng) for _ in range(spec.count * 2)]))
+                      for spec in SPECS] for _ in range(3)]
+    distort, seen = Distort(Photometric()), []
+
+    def prepare(pairs):
+        seen.append(distort(pairs))
+        return seen[-1]
+
+    model = tiny().eval()
+    loss, _, _ = backward(model, model, micro_batches, prepare=prepare)
+    assert [len(crops) for crops in seen] == [1, 1, 1, 2, 2, 2]         # assigned crops; all
+    for first, second in zip(seen[:3], seen[3:]):
+        assert torch.equal(first[0], second[0])
+    joined = [torch.cat([c.unflatten(0, (spec.count, 2)) for c in crops], 1)
+              for spec, crops in zip(SPECS, zip(*seen[3:]))]
+    assert plain_step(model, joined)[0].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("counts, sizes", [([2, 4], 1), ([6], 1), ([1, 1, 4], 2), ([1, 5], 2)])
+def test_the_sizes_that_hold_the_assigned_crops(counts, sizes):
+    assert scale.assigned_sizes(counts) == sizes
+
+
+# ------------------------------------------------------------------------------------ two ranks
+def steps_on_a_rank(rank, world, pieces, recompute):
+    """Losses and gradients of a step on this rank's part, and the times DDP communicated."""
+    model = tiny().eval()
+    wrapped = scale.wrap(model, CPU, sync_bn_group=8, checkpoint_activations=recompute)
+    calls = []
+
+    def count(_, bucket):
+        calls.append(bucket.index())
+        return dist.all_reduce(bucket.buffer() / world, async_op=True).get_future().then(
+            lambda future: future.value()[0])
+
+    if world > 1:
+        wrapped.register_comm_hook(None, count)
+    results = []
+    for seed in range(2):
+        model.zero_grad(set_to_none=True)
+        calls.clear()
+        loss, _, _ = backward(model, wrapped, cut(pictures(8, seed), pieces, rank, world))
+        results.append((loss, {n: g.clone() for n, g in gradients(model).items()}, len(calls)))
+    return results
+
+
+@pytest.mark.parametrize("pieces, recompute", [(1, False), (4, True)])
+def test_two_ranks_have_the_gradient_of_the_joined_batch(tmp_path, pieces, recompute):
+    expected = [plain_step(tiny().eval(), pictures(8, seed)) for seed in range(2)]
+    ranks = run_ranks(steps_on_a_rank, tmp_path, 2, pieces, recompute)
+    for step, (loss, plain) in enumerate(expected):
+        losses, grads, calls = zip(*(rank[step] for rank in ranks))
+        assert sum(losses).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
+        for mine in grads:
+            assert_close(mine, plain, tolerance=1e-4)
+        assert max(calls) <= 2, "the buckets of one backward pass, however many micro-batches"
+
+
+# ------------------------------------------------------------------------------------- wrappers
+def two_steps(device, recompute, compiled=False, synchronised=False, arch="regnety_100mf"):
+    """Losses, gradients and running statistics of two steps, each over two resolutions."""
+    model = tiny(arch, head_bn=True, device=device)
+    if synchronised:                    # `wrap` leaves a single rank its own statistics
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    wrapped = scale.wrap(model, torch.device(device), checkpoint_activations=recompute)
+    if compiled:                        # by Inductor on a GPU; on a CPU with all but its kernels
+        torch._dynamo.reset()
+        wrapped.trunk = torch.compile(wrapped.trunk, backend="inductor" if device == "cuda"
+                                      else "aot_eager_decomp_partition")
+    batches = [[size.to(device) for size in pictures(4, seed)] for seed in range(2)]
+    losses = [backward(model, wrapped, cut(batch, 1))[0].cpu() for batch in batches]
+    return losses, *({name: value.cpu() for name, value in values.items()}
+                     for values in (gradients(model), dict(model.named_buffers())))
+
+
+@pytest.mark.parametrize("arch, compiled", [("regnety_100mf", False), ("regnetx_200mf", False),
+                                            ("resnet50", False), ("regnety_100mf", True)])
+def test_checkpointing_changes_no_bit(arch, compiled):
+    plain, again = (two_steps("cpu", recompute, compiled, arch=arch) for recompute in (False, True))
+    assert plain[0] == again[0]
+    for expected, mine in zip(plain[1:], again[1:]):
+        for name, value in expected.items():
+            assert torch.equal(value, mine[name]), name
+
+
+def test_checkpointing_keeps_only_the_inputs_of_blocks():
+    kept = {}
+    for recompute in (False, True):
+        model, total = tiny(), []
+        scale.wrap(model, CPU, checkpoint_activations=recompute)
+
+        def keep(tensor):
+            total.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.trunk(torch.randn(4, 3, 64, 64))
+        kept[recompute] = sum(total)
+    assert kept[True] < 0.3 * kept[False]
+    assert {type(stage) for stage in model.trunk.trunk_output} == {scale.Recomputed}
+
+
+def test_no_wrapper_renames_a_parameter():
+    model = tiny(head_bn=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scale.wrap(model, CPU, sync_bn_group=8, checkpoint_activations=True)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_each_wrapper_on_against_off(recompute, pieces, channels_last):
+    plain = tiny().eval()
+    loss, expected = plain_step(plain, pictures(4))
+    model = tiny().eval()
+    wrapped = scale.wrap(model, CPU, checkpoint_activations=recompute)
+    if not channels_last:
+        model.to(memory_format=torch.contiguous_format)
+    mine, _, _ = backward(model, wrapped, cut(pictures(4), pieces))
+    assert mine == pytest.approx(loss.item(), rel=1e-5)
+    assert_close(gradients(model), expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("wanted, ranks, group", [(64, 8, 8), (64, 128, 64), (8, 12, 6), (0, 8, 1),
+                                                  (32, 1, 1), (1, 8, 1)])
+def test_groups_of_synchronised_batchnorm(wanted, ranks, group):
+    assert scale.sync_group(wanted, ranks, torch.device("cuda")) == group
+    assert scale.sync_group(wanted, ranks, CPU) == 1
+
+
+def test_unknown_trunks_are_refused():
+    with pytest.raises(ValueError, match="unknown arch 'resnet51'"):
+        scale.build_trunk("resnet51")
+
+
+def test_a_network_may_be_built_without_memory():
+    model = scale.build_model("regnety_10b", (8192, 8192, 256), 16000, device="meta")
+    assert sum(p.numel() for p in model.trunk.parameters()) == pytest.approx(9323.9e6, rel=1e-4)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+# ----------------------------------------------------------------------- on a CUDA machine only
+def two_steps_on_a_rank(rank, *options):
+    torch.cuda.set_device(rank)
+    torch.backends.cudnn.deterministic = True
+    return two_steps("cuda", *options)
+
+
+@cuda
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_checkpointing_on_a_gpu(tmp_path, synchronised, compiled):
+    """Statistics updated once, also by SyncBatchNorm, which needs a process group, and compiled."""
+    (plain,), (again,) = (run_ranks(two_steps_on_a_rank, tmp_path, recompute, compiled, synchronised,
+                                    world=1, backend="nccl", timeout=300)
+                          for recompute in (False, True))
+    for expected, mine in zip(plain, again):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    tracked = [value for name, value in again[2].items() if "stem.1.num_batches" in name]
+    assert tracked == [2 * len(SPECS)]
+
+
+@cuda
+def test_half_precision_accumulates_on_a_gpu():
+    device = torch.device("cuda")
+    joined = [c.to(device) for c in pictures(8)]
+    results = {}
+    for pieces in (1, 4):
+        model = tiny(device=device).eval()
+        wrapped = scale.wrap(model, device, checkpoint_activations=True)
+        results[pieces] = backward(model, wrapped, cut(joined, pieces), dtype=torch.bfloat16)[0]
+    assert results[1].item() == pytest.approx(results[4].item(), rel=1e-2)
