@@ -84,8 +84,8 @@ def cost(arch: str, crops: str, head: Sequence[int], prototypes: int,
             flops[spec] = complexity(ARCHS[arch], spec.size, num_classes=0).flops
         else:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model.trunk(torch.empty(1, 3, spec.size, spec.size, device="meta"))
-            flops[spec] = counter.get_total_flops() // 2
+                model.trunk(torch.empty(2, 3, spec.size, spec.size, device="meta"))
+            flops[spec] = counter.get_total_flops() // 4         # of two crops; 2 a multiply-add
         kept[spec] = kept_for_backward(model.trunk, spec.size, dtype)
     total = sum(spec.count * flops[spec] for spec in specs)
     views = sum(spec.count for spec in specs)
@@ -230,7 +230,8 @@ def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memor
         raise ValueError("--gpus, --gpu-memory, --tflops and --utilisation must be above 0")
     config = with_length(config, num_images or IMAGENET)
     of = cost(config.arch, config.crops, parse_head(config.head), config.prototypes)
-    share, limit, seen = config.batch_size // gpus, gpu_memory * 1e9, config.steps * config.batch_size
+    share, limit = config.batch_size // gpus, gpu_memory * 1e9
+    seen = config.steps * config.batch_size
     shown = {}
     for recompute in (False, True):
         micro_batch = config.micro_batch or largest_micro_batch(of, config, recompute, gpus, limit)
@@ -261,7 +262,8 @@ def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memor
         f"{of.trunk_params / million:,.1f} M), crops {config.crops}",
         f"TFLOP a picture: {work(of):.3f}, {work(of, True):.3f} with blocks computed again",
         f"{seen:,} pictures in {config.steps:,} steps of {config.batch_size:,}, on {gpus} GPUs of "
-        f"{gpu_memory:g} GB and {tflops:g} TFLOP/s, of which {utilisation:.0%} is reached (assumed)",
+        f"{gpu_memory:g} GB and {tflops:g} TFLOP/s, of which {utilisation:.0%} is reached "
+        "(assumed)",
         "", " " * 42 + "".join(f"{name:>18}" for name in shown), *lines])
 
 
@@ -289,12 +291,13 @@ def wait_for(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: of the allocator on a GPU; of the process on a CPU."""
+    """Bytes, so far: of the allocator on a GPU; of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps" or resource is None:
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def bf16_peak(device: torch.device) -> float:
@@ -349,18 +352,22 @@ def our_step(config: Config, device: torch.device, dtype: torch.dtype,
     return step
 
 
+def ordinary_trunk(arch: str) -> nn.Module:
+    """torchvision's; a few RegNets are rounded to other widths there."""
+    if arch not in ARCHS:
+        return torchvision.models.resnet50()
+    p = ARCHS[arch]
+    return torchvision.models.RegNet(torchvision.models.regnet.BlockParams.from_init_params(
+        p.depth, p.w_0, p.w_a, p.w_m, p.group_width, se_ratio=p.se_ratio))
+
+
 def ordinary_step(config: Config, device: torch.device) -> Callable:
     """The same step as it is usually written: torchvision's network, NCHW, eager, float32 or on a
     GPU bf16 autocast, the loss as a double loop, the textbook Sinkhorn, LARC tensor by tensor."""
     specs = parse_crops(config.crops)
     views = sum(spec.count for spec in specs)
     with torch.device(device):
-        if config.arch in ARCHS:
-            p = ARCHS[config.arch]
-            trunk = torchvision.models.RegNet(torchvision.models.regnet.BlockParams.from_init_params(
-                p.depth, p.w_0, p.w_a, p.w_m, p.group_width, p.se_ratio or None))
-        else:
-            trunk = torchvision.models.resnet50()
+        trunk = ordinary_trunk(config.arch)
         widths, head = [trunk.fc.in_features, *parse_head(config.head)], nn.Sequential()
         trunk.fc = nn.Identity()
         for i, (w_in, w_out) in enumerate(zip(widths, widths[1:])):
@@ -420,53 +427,56 @@ def random_crops(config: Config, device: torch.device) -> list[Tensor]:
 
 def bench_step(config: Config, device: torch.device, dtype: torch.dtype, recompute: bool,
                repeats: int) -> dict:
-    """One process, one micro-batch. Of several repeats, medians; the two ways taken in turn."""
+    """One process, one micro-batch. Medians of several repeats; the two ways taken in turn. The
+    step is what the network takes: without distortion, which the ordinary way leaves to workers."""
     torch.manual_seed(0)
-    steps, clocks, peaks = {"ours": our_step(config, device, dtype, recompute)}, {}, {}
-    steps["ours"](Clock(device))
-    steps["ours"](Clock(device))
-    peaks["ours"] = peak_memory(device)             # before the other network is there
+    before = peak_memory(device)
+    steps = {"ours": our_step(config, device, dtype, recompute)}
+    for _ in range(2):
+        steps["ours"](Clock(device))
+    taken = peak_memory(device) - before            # before the other network is there
     try:
         steps["ordinary"] = ordinary_step(config, device)
         steps["ordinary"](Clock(device))
     except torch.OutOfMemoryError:
-        steps.pop("ordinary", None)
+        del steps["ordinary"]
+        print("the ordinary way has no room on this device")
+    clocks = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             clock = Clock(device)
             step(clock)
-            clocks.setdefault(name, []).append(clock.ms)
+            clocks[name].append(clock.ms)
+
     of = cost(config.arch, config.crops, parse_head(config.head), config.prototypes, dtype)
-    peak = bf16_peak(device)
+    planned = sum(memory(of, config, config.micro_batch, recompute, 1, dtype).values())
+    peak, rows = bf16_peak(device), {}
+    for name, measured in clocks.items():
+        for part in measured[0]:
+            ms = statistics.median(each[part] for each in measured)
+            rows.setdefault(f"{part}, ms", {})[name] = ms
+        whole = statistics.median(sum(each.values()) - each.get("distortion", 0)
+                                  for each in measured)
+        rows.setdefault("step, ms", {})[name] = whole
+        rate = config.micro_batch / whole * 1e3
+        rows.setdefault("images/s", {})[name] = rate
+        rows.setdefault("share of bf16 peak", {})[name] = rate * work(of) / peak
     result = {"arch": config.arch, "crops": config.crops, "micro_batch": config.micro_batch,
               "precision": str(dtype).removeprefix("torch."), "checkpoint_activations": recompute,
-              "repeats": repeats, "bf16_tflops": round(peak, 3), "peak_gb": round(peaks["ours"] / 1e9, 3),
-              "planned_gb": round(sum(memory(of, config, config.micro_batch, recompute, 1, dtype)
-                                      .values()) / 1e9, 3)}
+              "repeats": repeats, "bf16_tflops": peak, "peak_gb": taken / 1e9,
+              "planned_gb": planned / 1e9, **rows}
     print(f"{config.arch}, crops {config.crops}, micro-batch {config.micro_batch}, "
           f"{result['precision']}{', blocks computed again' * recompute}; {device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {repeats}\n\n"
-          f"{'ms':<16}" + "".join(f"{name:>12}" for name in steps))
-    for part in ("distortion", "forward", "Sinkhorn", "backward", "optimizer"):
-        row = {name: statistics.median(ms[part] for ms in clocks[name])
-               for name in steps if part in clocks[name][0]}
-        result |= {f"{part}_ms, {name}": round(ms, 2) for name, ms in row.items()}
-        print(f"{part:<16}" + "".join(f"{row[name]:>12.1f}" if name in row else " " * 11 + "-"
-                                      for name in steps))
-    for name in steps:                              # the ordinary way leaves distortion to workers
-        total = statistics.median(sum(ms.values()) - ms.get("distortion", 0.0)
-                                  for ms in clocks[name])
-        result[f"step_ms, {name}"] = round(total, 2)
-        result[f"images_per_second, {name}"] = round(1e3 * config.micro_batch / total, 2)
-        result[f"bf16_share, {name}"] = round(
-            work(of) * config.micro_batch / (total / 1e3) / peak, 4)
-    for key in ("step_ms", "images_per_second", "bf16_share"):
-        print(f"{key:<16}" + "".join(f"{result[f'{key}, {name}']:>12g}" for name in steps))
+          + " " * 20 + "".join(f"{name:>12}" for name in steps))
+    for row, values in rows.items():
+        print(f"{row:<20}" + "".join(f"{values[name]:>12.4g}" if name in values else f"{'-':>12}"
+                                     for name in steps))
     if "ordinary" in steps:
-        result["ratio"] = round(result["step_ms, ordinary"] / result["step_ms, ours"], 3)
-        print(f"ratio {result['ratio']:.2f} without distortion")
-    print(f"peak memory {result['peak_gb']} GB, the plan says {result['planned_gb']}; bf16 matrix "
-          f"product {peak:.2f} TFLOP/s")
+        result["ratio"] = rows["step, ms"]["ordinary"] / rows["step, ms"]["ours"]
+        print(f"{'ratio':<20}{result['ratio']:>12.2f}")
+    print(f"\npeak memory {taken / 1e9:.2f} GB, the plan says {planned / 1e9:.2f}; a bf16 matrix "
+          f"product reaches {peak:.3g} TFLOP/s")
     return result
 
 
@@ -533,14 +543,13 @@ def bench_sinkhorn(repeats: int) -> None:
 def write_result(path: Path, what: str, result: dict) -> None:
     """Append to a JSON file, with what it was measured on."""
     results = json.loads(path.read_text()) if path.exists() else []
-    machine = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]
-        machine = names[0] if names else machine
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     results.append({
         "what": what, "date": datetime.date.today().isoformat(), **result,
-        "machine": f"{machine}, {torch.get_num_threads()} threads",
+        "machine": names[0] if names else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(), "torch": torch.__version__,
         "torchvision": torchvision.__version__})

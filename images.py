@@ -183,7 +183,8 @@ class Positions(Sampler):
 
     def __init__(self, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
                  micro_batch: int = 0):
-        self.steps, self.batch_size, self.share = range(start, stop), batch_size, batch_size // world
+        self.steps, self.batch_size = range(start, stop), batch_size
+        self.share = batch_size // world
         self.first, self.piece = rank * self.share, micro_batch or self.share
 
     def __len__(self) -> int:

@@ -70,8 +70,8 @@ class Config:
     trust_coefficient: float = option(0.001, "LARC's step relative to a tensor's norm", 0)
     weight_decay: float = option(1e-5, "weight decay, BatchNorm and biases too (SwAV: 1e-6)", 0)
     # machine
-    micro_batch: int = option(0, "pictures a rank computes at once; 0: what its memory has room for "
-                              "(--plan)", 0)
+    micro_batch: int = option(0, "pictures a rank computes at once; 0: what its memory has room "
+                              "for (--plan)", 0)
     checkpoint_activations: bool | None = option(None, "keep only the inputs of blocks and compute "
                                                  "them again; None: where memory asks for it")
     sync_bn_group: int = option(0, "ranks that share BatchNorm's statistics (SEER: 64); 0: none", 0)
@@ -114,9 +114,11 @@ RECIPES = {
                  head="256-64", head_bn=True, prototypes=64, epsilon=0.03, sinkhorn_iterations=3,
                  freeze_prototypes=0, lr=4.8, warmup=0.08, weight_decay=1e-6),
 }
-# SwAV's own: (value, source). Script: facebookresearch/swav's for 800 epochs, and for a batch of 256.
+# SwAV's own: (value, source). Script: facebookresearch/swav's for 800 epochs, and for a batch of
+# 256.
 _SWAV = {
-    "arch": ("resnet50", "script"), "epochs": (800.0, "script"), "batch_size": (4096, "script: 64 x 64"),
+    "arch": ("resnet50", "script"), "epochs": (800.0, "script"),
+    "batch_size": (4096, "script: 64 x 64"),
     "crops": ("2x224+6x96", "script; 0.14 to 1 and 0.05 to 0.14 of the area"),
     "strength": (1.0, "paper, A.3"), "gray": (0.2, "paper, A.3"), "blur": (0.5, "paper, A.3"),
     "std": ("0.228,0.224,0.225", "its code; elsewhere the first is 0.229"),
@@ -157,7 +159,8 @@ SEER = {
         "warmup": (0.0655, "'warmup2x' in the name, " + _ASSUMED + " 2 x 8,000 of 244,141 steps")},
     "regnety_64gf": _SEER_LARGE | {
         "prototypes": (16000, _ASSUMED), "sinkhorn_iterations": (10, _ASSUMED),
-        "batch_size": (4096, _ASSUMED), "epsilon": (0.05, _ASSUMED), "sync_bn_group": (64, _ASSUMED),
+        "batch_size": (4096, _ASSUMED), "epsilon": (0.05, _ASSUMED),
+        "sync_bn_group": (64, _ASSUMED),
         "weight_decay": (1e-5, _ASSUMED), "final_lr": (0.001, _ASSUMED),
         "warmup": (0.0328, _ASSUMED + ": 8,000 steps, as the 128GF")},
     "regnety_128gf": _SEER_LARGE | {

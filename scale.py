@@ -37,7 +37,7 @@ ASSIGNED = 2                 # crops of a picture that get codes: the first two
 
 
 # ----------------------------------------------------------------------------- the hardware
-def pick_device(name: str, local_rank: int) -> torch.device:
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if not name:
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -119,7 +119,7 @@ def sync_group(wanted: int, ranks: int, device: torch.device) -> int:
 
 
 def layout(device: torch.device) -> torch.memory_format:
-    """Channels-last is 1.8 times as fast on a CPU; on a GPU it is not settled for grouped 3x3."""
+    """Channels-last is 1.2 to 1.4 times as fast on a CPU; on a GPU nothing was measured."""
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 

@@ -397,10 +397,10 @@ def main(argv: list[str] | None = None) -> None:
             return print(picture)
         if only_plan and not given.get("data"):
             given.setdefault("arch", Config.arch)
-            return print(bench.plan(configure(given, machine["gpus"]), **machine))
+            return print(bench.plan(configure(given, max(1, machine["gpus"])), **machine))
         images = open_images(given["data"]) if given.get("data") else DemoImages("train")
         if only_plan:
-            config = configure(given, machine["gpus"], images)
+            config = configure(given, max(1, machine["gpus"]), images)
             return print(bench.plan(config, len(images), **machine))
         if only_explain:
             return print(explain(given, world, images))
