@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -124,8 +125,9 @@ def test_each_precision_trains(photos, tmp_path, precision):
     assert not torch.equal(weights["stem.0.weight"], fresh["stem.0.weight"])
 
 
-def test_resumed_equals_uninterrupted_bitwise(photos, tmp_path, monkeypatch):
-    options = ["--steps=11", "--save-every=3", "--queue=12", "--freeze-prototypes=4"]
+@pytest.mark.parametrize("more", [[], ["--micro-batch=2", "--queue-start=6"]])
+def test_resumed_equals_uninterrupted_bitwise(photos, tmp_path, monkeypatch, more):
+    options = ["--steps=11", "--save-every=3", "--queue=12", "--freeze-prototypes=4", *more]
     run(photos, tmp_path / "whole", *options)
 
     def stop_at(step):
@@ -144,6 +146,19 @@ def test_resumed_equals_uninterrupted_bitwise(photos, tmp_path, monkeypatch):
         assert equal(whole[key], parts[key]), key
     assert whole["queue"]["filled"] == 12
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+def test_checkpointing_changes_no_bit_of_a_run(photos, tmp_path):
+    """A run goes on with another size of micro-batch, and with checkpointing or without."""
+    options = ["--steps=4", "--save-every=2", "--micro-batch=2"]
+    run(photos, tmp_path / "plain", *options)
+    run(photos, tmp_path / "recomputed", *options, "--checkpoint-activations")
+    plain, again = (checkpoint.load(tmp_path / name / "checkpoint.pt")
+                    for name in ("plain", "recomputed"))
+    assert equal(plain["model"], again["model"]) and equal(plain["optimizer"], again["optimizer"])
+    checkpoint.save(tmp_path / "plain" / "checkpoint.pt", plain | {"step": 3})
+    run(photos, tmp_path / "plain", "--steps=4", "--micro-batch=4", "--checkpoint-activations")
+    assert log_of(tmp_path / "plain")[-1]["step"] == 4
 
 
 @pytest.mark.parametrize("options", [
@@ -202,9 +217,10 @@ def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
 
 
 # ----------------------------------------------------------------------------------- two ranks
-def steps_on_ranks(rank, world, steps, queue_length):
+def steps_on_ranks(rank, world, steps, queue_length, pieces=1):
     """Steps on this rank's part of joined batches, BatchNorm in eval mode, fp32."""
-    config = replace(configure({"recipe": "demo"}), head="32-16", prototypes=12, crops="2x32+2x16")
+    config = replace(configure({"recipe": "demo"}), head="32-16", prototypes=12, crops="2x32+2x16",
+                     queue_start=3)
     model = train.fresh_model(config).eval()
     wrapped = train.wrap(model, torch.device("cpu"))
     optimizer = LARC(model.parameters(), lr=1.0, weight_decay=1e-4)
@@ -213,9 +229,10 @@ def steps_on_ranks(rank, world, steps, queue_length):
         generator = torch.Generator().manual_seed(step)
         joined = [torch.randn(count, 8, 3, size, size, generator=generator)
                   for count, size in ((2, 32), (2, 16))]                 # (count, B, 3, s, s)
-        crops = [c[:, rank * 8 // world:(rank + 1) * 8 // world].flatten(0, 1) for c in joined]
+        of_rank = [c.chunk(world, 1)[rank].chunk(pieces, 1) for c in joined]
+        micro_batches = [[c.flatten(0, 1) for c in crops] for crops in zip(*of_rank)]
         optimizer.zero_grad()
-        loss, _, _ = train.swav_step(config, step, model, wrapped, queue, [crops])
+        loss, _, _ = train.swav_step(config, step, model, wrapped, queue, micro_batches)
         if step < 1:
             model.freeze_prototypes()
         optimizer.step()
@@ -224,9 +241,10 @@ def steps_on_ranks(rank, world, steps, queue_length):
     return losses, model.state_dict()
 
 
-def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path):
+def test_ranks_and_micro_batches_equal_one_process_on_the_joined_batch(tmp_path):
     losses, expected = steps_on_ranks(0, 1, 5, 16)
-    results = run_ranks(steps_on_ranks, tmp_path, 2, 5, 16)
+    results = [steps_on_ranks(0, 1, 5, 16, pieces=4), *run_ranks(steps_on_ranks, tmp_path, 2, 5, 16),
+               *run_ranks(steps_on_ranks, tmp_path, 2, 5, 16, 2)]
     for got, weights in results:
         assert got == pytest.approx(losses, abs=1e-5)
         for name, value in expected.items():
@@ -258,6 +276,31 @@ def test_torchrun_trains_and_resumes_on_another_number_of_ranks(photos, tmp_path
     assert [line["step"] for line in log_of(out)] == list(range(1, 9))
 
 
+def test_two_agents_train_together(photos, tmp_path):
+    """Two machines, as README's "Several machines" has them, both of them this one."""
+    out, port = tmp_path / "run", free_port()
+    options = [f"--data={photos}", f"--out={out}", *SMALL, "--steps=3", "--micro-batch=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+               "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=7",
+               str(ROOT / "train.py"), *options]
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    try:
+        said = [agent.communicate(timeout=200) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(error for _, error in said)
+    assert sum("batch 4 = 2 ranks x 2 x 1" in printed for printed, _ in said) == 1
+    assert [line["step"] for line in log_of(out)] == [1, 2, 3]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
 def test_a_batch_the_ranks_do_not_divide_is_refused(photos, tmp_path):
     result = torchrun(f"--data={photos}", f"--out={tmp_path / 'run'}", *SMALL, "--batch-size=5", "--steps=1")
     errors = [line for line in result.stderr.splitlines() if line.startswith("train.py: error")]
@@ -286,6 +329,10 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(photos, tmp_path, capsy
             ([*good, "--head=8192x256"], "head '8192x256' is not"),
             ([*good, "--crops=1x32"], "at least two crops"),
             ([*good, "--batch-size=0"], "--batch-size 0: needs at least 2"),
+            ([*good, "--batch-size=8", "--micro-batch=3"],
+             "--micro-batch 3 does not divide the 8 pictures of a process; 2 does"),
+            ([*good, "--micro-batch=-1"], "--micro-batch -1: needs at least 0"),
+            ([*good, "--recipe=swav", "--arch=resnet51"], "unknown arch 'resnet51'; there is resnet50"),
             ([*good, "--epsilon=0"], "--epsilon 0.0: needs at least"),
             ([*good, "--lr=nan"], "--lr nan: needs"),
             ([*good, "--gray=2"], "--gray 2.0: needs 0 to 1"),
@@ -419,6 +466,54 @@ def test_what_no_source_says_of_seer_is_called_assumed(arch):
                                            "regnety_10b"))
 
 
+@pytest.mark.parametrize("arch, first, group", [
+    ("regnety_32gf", 0.3, 32), ("regnety_64gf", 0.3, 64), ("regnety_128gf", 0.3, 64),
+    ("regnety_256gf", 0.3, 64), ("regnety_10b", 0.3, 8)])
+def test_seers_warm_up_starts_at_the_published_rate(arch, first, group):
+    config = with_length(configure({"arch": arch}), 10 ** 9)
+    assert config.first_lr * config.peak_lr() == pytest.approx(first)
+    assert first < config.lr_at(0) < 1.01 * first and config.sync_bn_group == group
+    warmup = config.warmup_steps()
+    middle = config.lr_at(warmup // 2 - 1)
+    assert middle == pytest.approx((first + config.peak_lr()) / 2, rel=1e-3)
+    assert config.lr_at(warmup - 1) == pytest.approx(config.peak_lr())
+
+
+def test_swavs_own_recipes():
+    config = with_length(configure({"arch": "resnet50"}), 1_281_167)
+    assert (config.recipe, config.crops, config.head, config.head_bn, config.prototypes) == (
+        "swav", "2x224+6x96", "2048-128", True, 3000)
+    assert (config.batch_size, config.epsilon, config.sinkhorn_iterations, config.queue) == (
+        4096, 0.05, 3, 0)
+    assert (config.weight_decay, config.momentum, config.trust_coefficient, config.temperature) == (
+        1e-6, 0.9, 0.001, 0.1)
+    assert config.peak_lr() == pytest.approx(4.8) and config.std == "0.228,0.224,0.225"
+    assert config.lr_at(config.steps) == pytest.approx(0.0048)
+    assert config.first_lr * config.peak_lr() == pytest.approx(0.3)
+    assert config.warmup_steps() == pytest.approx(10 * 1_281_167 / 4096, rel=1e-3)
+    config = with_length(configure({"recipe": "swav-bs256"}), 1_281_167)
+    assert (config.arch, config.batch_size, config.queue, config.freeze_prototypes) == (
+        "resnet50", 256, 3840, 5005)
+    assert config.peak_lr() == config.lr_at(0) == pytest.approx(0.6)
+    assert config.lr_at(config.steps) == pytest.approx(0.0006)
+    assert config.queue_start == 15 * (1_281_167 // 256 + 1) == 75_075
+
+
+def test_swavs_own_network_from_end_to_end(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(photos, out, "--recipe=swav", "--arch=resnet50", "--crops=2x48+2x32", "--head=32-16", "--epochs=0",
+        "--steps=2", "--micro-batch=2", "--no-checkpoint-activations")
+    printed = capsys.readouterr().out
+    assert "recipe swav: resnet50" in printed and "SyncBatchNorm over 8 needs CUDA" in printed
+    trunk = torchvision.models.resnet50()
+    trunk.fc = torch.nn.Identity()
+    trunk.load_state_dict(torch.load(out / "trunk.pt", weights_only=True))
+    import evaluate
+    again, config = evaluate.load_trunk(str(out))
+    assert config["arch"] == "resnet50"
+    assert equal(dict(trunk.state_dict()), dict(again.state_dict()))
+
+
 def survey_of(count, gray=0.0, short_side=120):
     return Survey(count, short_side, gray, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 
@@ -499,6 +594,9 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert rates[10] == pytest.approx(0.6) and max(rates) == pytest.approx(0.6)
     assert rates[55] == pytest.approx(0.6 * (0.01 + 0.99 * 0.5))
     assert rates[-1] == pytest.approx(0.006, rel=0.1) and rates == rates[:10] + sorted(rates[10:])[::-1]
+    raised = replace(config, first_lr=0.5)
+    assert [raised.lr_at(i) for i in range(10)] == pytest.approx([0.33 + 0.03 * i for i in range(10)])
+    assert [raised.lr_at(i) for i in range(10, 100)] == rates[10:]
 
 
 # -------------------------------------------------------------------------------- checkpoint.py
