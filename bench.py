@@ -144,10 +144,9 @@ def memory(cost: Cost, config: Config, micro_batch: int, recompute: bool, ranks:
     loss = views * (2 * dtype.itemsize * sum(head) + 5 * 4 * config.prototypes)
     return {
         "weights, float32": 4 * cost.params,
-        "gradients": 4 * cost.params,
+        "gradients = communication buffers": 4 * cost.params,         # DDP's buckets
         "momentum": 4 * cost.params,
         "weights cast for autocast": 0 if dtype == torch.float32 else dtype.itemsize * cost.params,
-        "communication buffers": 4 * cost.params if ranks > 1 else 0,
         "activations of the trunk": micro_batch * kept,
         "head, scores and loss": micro_batch * loss + codes,
         "pictures, uint8 and float32": share * pixels + micro_batch * 4 * pixels,

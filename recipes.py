@@ -351,8 +351,9 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
                          f"last of {config.arch}'s {stages} stages; use more than {2 ** stages}")
     for name in ("batch_size", "queue"):
         if getattr(config, name) % world:
+            fitting = max(1, getattr(config, name) // world) * world
             raise ValueError(f"{flag(name)} {getattr(config, name)} is not divisible by {world} "
-                             f"processes; {getattr(config, name) // world * world} is")
+                             f"processes; {fitting} is")
     share = config.batch_size // world
     if config.micro_batch and share % config.micro_batch:
         fitting = max(n for n in range(1, min(config.micro_batch, share) + 1) if share % n == 0)

@@ -166,7 +166,7 @@ def train(run: SimpleNamespace) -> None:
             report.views(out / "views.png", distort(micro_batches[0]), run.specs, mean, std)
 
         # forward, codes, loss, backward
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=run.world == 1)     # DDP's are its buckets: they stay
         loss, embeddings, scores = swav_step(
             config, step, model, run.wrapped, queue, micro_batches, dtype=run.dtype,
             scaler=scaler, prepare=distort)

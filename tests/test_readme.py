@@ -1,7 +1,9 @@
 """The README's commands and snippets run as written, shortened by --steps."""
+import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 from test_images import write_pictures
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.M | re.S)
 COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()
             if line.strip() and "pip install" not in line]
 SHORT = {  # what a command is given so that it ends in seconds: less of the same
@@ -40,7 +43,7 @@ def run(folder, line):
     launcher = {"python": [sys.executable],
                 "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}[words[0]]
     words = ["2" if before == "--nproc_per_node" else word for before, word in zip(words, words[1:])]
-    if "train.py" in words and "--steps" not in words:
+    if "train.py" in words and not {"--steps", "--plan"} & set(words):
         words += ["--steps", "2", "--workers", "0", "--out", f"runs/test{abs(hash(line))}"]
         words += [w for name, extra in SHORT.items() if name in line for w in extra]
     if "evaluate.py" in words:
@@ -64,6 +67,35 @@ def test_command(line, checkout):
 def test_snippet(block, checkout):
     result = subprocess.run([sys.executable, "-c", block], cwd=checkout, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_slurm_script_trains_on_two_machines(checkout, tmp_path):
+    """Both of them this one: srun and scontrol are stand-ins, torchrun's two agents are real."""
+    script = next(block for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
+                  if "#SBATCH" in block)
+    assert len(script.splitlines()) < 20
+    for name, text in (("scontrol", "echo localhost"),
+                       ("srun", 'for _ in 1 2; do "$@" & done; wait -n && wait -n'),
+                       ("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    out = tmp_path / "run"
+    for old, new in {":29500": f":{port}", "--nproc_per_node 8": "--nproc_per_node 1",
+                     "/shared/photos": "photos", "/shared/runs/256gf": f"{out} --steps 2 --workers 0 "
+                     "--micro-batch 1 " + " ".join(SHORT["regnety_256gf"])}.items():
+        assert old in script
+        script = script.replace(old, new)
+    result = subprocess.run(["bash", "-c", script], cwd=checkout, capture_output=True, text=True,
+                            timeout=300, env=os.environ | {
+                                "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+                                "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
+                                "SLURM_JOB_NODELIST": "node[1-2]", "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert "batch 4 = 2 ranks x 2 x 1" in result.stdout and result.stdout.count("recipe") == 1
+    assert (out / "trunk.pt").exists()
 
 
 def test_requirements_and_licence_are_as_the_readme_says():

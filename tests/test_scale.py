@@ -140,7 +140,8 @@ def test_the_sizes_that_hold_the_assigned_crops(counts, sizes):
 
 # ------------------------------------------------------------------------------------ two ranks
 def steps_on_a_rank(rank, world, pieces, recompute):
-    """Losses and gradients of a step on this rank's part, and the times DDP communicated."""
+    """Losses and gradients of steps on this rank's part, the times DDP communicated, and the
+    memory that the gradients lie in."""
     model = tiny().eval()
     wrapped = scale.wrap(model, CPU, sync_bn_group=8, checkpoint_activations=recompute)
     calls = []
@@ -153,24 +154,29 @@ def steps_on_a_rank(rank, world, pieces, recompute):
     if world > 1:
         wrapped.register_comm_hook(None, count)
     results = []
-    for seed in range(2):
-        model.zero_grad(set_to_none=True)
+    for seed in range(3):
+        model.zero_grad(set_to_none=False)
         calls.clear()
         loss, _, _ = backward(model, wrapped, cut(pictures(8, seed), pieces, rank, world))
-        results.append((loss, {n: g.clone() for n, g in gradients(model).items()}, len(calls)))
+        buckets = {g.untyped_storage().data_ptr() for g in gradients(model).values()}
+        results.append((loss, {n: g.clone() for n, g in gradients(model).items()}, len(calls),
+                        buckets))
     return results
 
 
 @pytest.mark.parametrize("pieces, recompute", [(1, False), (4, True)])
 def test_two_ranks_have_the_gradient_of_the_joined_batch(tmp_path, pieces, recompute):
-    expected = [plain_step(tiny().eval(), pictures(8, seed)) for seed in range(2)]
+    expected = [plain_step(tiny().eval(), pictures(8, seed)) for seed in range(3)]
     ranks = run_ranks(steps_on_a_rank, tmp_path, 2, pieces, recompute)
     for step, (loss, plain) in enumerate(expected):
-        losses, grads, calls = zip(*(rank[step] for rank in ranks))
+        losses, grads, calls, _ = zip(*(rank[step] for rank in ranks))
         assert sum(losses).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
         for mine in grads:
             assert_close(mine, plain, tolerance=1e-4)
         assert max(calls) <= 2, "the buckets of one backward pass, however many micro-batches"
+    for rank in ranks:
+        _, (*_, before), (*_, after) = rank
+        assert before == after and len(after) <= 2, "gradients lie in DDP's buckets, nowhere else"
 
 
 # ------------------------------------------------------------------------------------- wrappers

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -20,6 +19,7 @@ from ranks import run_ranks
 from test_images import write_pictures
 
 import checkpoint
+import evaluate
 import report
 import train
 from images import Stream, Survey, collate, open_images
@@ -276,31 +276,6 @@ def test_torchrun_trains_and_resumes_on_another_number_of_ranks(photos, tmp_path
     assert [line["step"] for line in log_of(out)] == list(range(1, 9))
 
 
-def test_two_agents_train_together(photos, tmp_path):
-    """Two machines, as README's "Several machines" has them, both of them this one."""
-    out, port = tmp_path / "run", free_port()
-    options = [f"--data={photos}", f"--out={out}", *SMALL, "--steps=3", "--micro-batch=1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-               "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=7",
-               str(ROOT / "train.py"), *options]
-    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    try:
-        said = [agent.communicate(timeout=200) for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
-    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(error for _, error in said)
-    assert sum("batch 4 = 2 ranks x 2 x 1" in printed for printed, _ in said) == 1
-    assert [line["step"] for line in log_of(out)] == [1, 2, 3]
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 def test_a_batch_the_ranks_do_not_divide_is_refused(photos, tmp_path):
     result = torchrun(f"--data={photos}", f"--out={tmp_path / 'run'}", *SMALL, "--batch-size=5", "--steps=1")
     errors = [line for line in result.stderr.splitlines() if line.startswith("train.py: error")]
@@ -508,7 +483,6 @@ def test_swavs_own_network_from_end_to_end(photos, tmp_path, capsys):
     trunk = torchvision.models.resnet50()
     trunk.fc = torch.nn.Identity()
     trunk.load_state_dict(torch.load(out / "trunk.pt", weights_only=True))
-    import evaluate
     again, config = evaluate.load_trunk(str(out))
     assert config["arch"] == "resnet50"
     assert equal(dict(trunk.state_dict()), dict(again.state_dict()))
