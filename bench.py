@@ -44,10 +44,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from larc import LARC
 from multicrop import MultiCrop, Photometric, parse_crops
-from recipes import Config, configure, parse_head, with_length
+from recipes import Config, configure, hyphens, parse_head, with_length
 from regnet import ARCHS, complexity
-from scale import (ASSIGNED, assigned_sizes, build_model, layout, pick_device, pick_precision,
-                   stages_of, swav_backward, sync_group, wrap)
+from scale import (ASSIGNED, PRECISIONS, assigned_sizes, build_model, layout, pick_device,
+                   pick_precision, stages_of, swav_backward, sync_group, wrap)
 from sinkhorn import sinkhorn
 from swav import swav_codes
 
@@ -57,11 +57,12 @@ IMAGENET = 1_281_167         # pictures a plan in epochs counts with where there
 
 # ------------------------------------------------------------------------------------ the plan
 class Cost(NamedTuple):
-    """Of a network: parameters and BatchNorm channels. Of one picture, over all its crops:
-    multiply-adds of a forward pass, and bytes of the trunk kept for the backward pass."""
+    """Of a network: parameters, and BatchNorm layers with their channels. Of one picture, over all
+    its crops: multiply-adds of a forward pass, and bytes of the trunk kept for the backward."""
     trunk_params: int
     params: int                          # of trunk, head and prototypes
-    channels: int                        # of all the trunk's BatchNorms
+    norms: list[int]                     # channels of the trunk's BatchNorms: one pass a crop size
+    head_norms: list[int]                # of the head's: one pass for all sizes
     trunk_flops: int
     flops: int                           # of trunk, head and prototypes
     assigned_flops: int                  # the same, of those sizes that hold assigned crops
@@ -70,14 +71,16 @@ class Cost(NamedTuple):
     block: int                           # bytes, with it: the largest block, computed again
 
 
-def cost(arch: str, crops: str, head: Sequence[int], prototypes: int,
-         dtype: torch.dtype = torch.bfloat16) -> Cost:
+def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
     """Counted on the meta device: takes a second or two, and no memory, also for 10 billion."""
-    specs = parse_crops(crops)
-    model = build_model(arch, head, prototypes, device="meta")
+    specs, arch = parse_crops(config.crops), config.arch
+    model = build_model(arch, parse_head(config.head), config.prototypes, config.head_bn,
+                        device="meta")
     trunk_params, params = (sum(p.numel() for p in m.parameters()) for m in (model.trunk, model))
-    channels = sum(m.num_features for m in model.trunk.modules() if isinstance(m, _BatchNorm))
-    head_flops = params - trunk_params - sum(head)                       # of a crop; less biases
+    norms, head_norms = ([m.num_features for m in part.modules() if isinstance(m, _BatchNorm)]
+                         for part in (model.trunk, model.head))
+    linear = (model.prototypes, *(m for m in model.head if isinstance(m, nn.Linear)))
+    head_flops = sum(m.weight.numel() for m in linear)                   # of a crop
     flops, kept = {}, {}
     for spec in specs:
         if arch in ARCHS:
@@ -91,7 +94,7 @@ def cost(arch: str, crops: str, head: Sequence[int], prototypes: int,
     views = sum(spec.count for spec in specs)
     first = assigned_sizes([spec.count for spec in specs])
     return Cost(
-        trunk_params, params, channels, total, total + views * head_flops,
+        trunk_params, params, norms, head_norms, total, total + views * head_flops,
         sum(spec.count * (flops[spec] + head_flops) for spec in specs[:first]),
         *(sum(spec.count * kept[spec][i] for spec in specs) for i in (0, 1)),
         max(spec.count * kept[spec][2] for spec in specs))
@@ -139,14 +142,17 @@ def memory(cost: Cost, config: Config, micro_batch: int, recompute: bool, ranks:
     views, share = sum(spec.count for spec in specs), config.batch_size // ranks
     pixels = sum(spec.count * 3 * spec.size ** 2 for spec in specs)
     kept = cost.inputs + cost.block if recompute else cost.activations
-    codes = 3 * ASSIGNED * share * config.prototypes * 4      # scores, joined; the codes
-    # of the loss and its gradient, float32: scores, over temperature, log p, and two gradients
-    loss = views * (2 * dtype.itemsize * sum(head) + 5 * 4 * config.prototypes)
+    codes = 2 * ASSIGNED * share * config.prototypes * 4      # scores of the whole share, and codes
+    # of the head in autocast; then in float32 scores, log p, and the gradients of both
+    loss = views * (2 * dtype.itemsize * sum(head) + 4 * 4 * config.prototypes)
+    cast = 0 if dtype == torch.float32 else dtype.itemsize * cost.params
+    if recompute:       # all are there when forward ends; in backward one block is instead of them
+        cast = max(cast - micro_batch * cost.block, 0)
     return {
         "weights, float32": 4 * cost.params,
         "gradients = communication buffers": 4 * cost.params,         # DDP's buckets
         "momentum": 4 * cost.params,
-        "weights cast for autocast": 0 if dtype == torch.float32 else dtype.itemsize * cost.params,
+        "weights cast for autocast": cast,
         "activations of the trunk": micro_batch * kept,
         "head, scores and loss": micro_batch * loss + codes,
         "pictures, uint8 and float32": share * pixels + micro_batch * 4 * pixels,
@@ -155,11 +161,18 @@ def memory(cost: Cost, config: Config, micro_batch: int, recompute: bool, ranks:
 
 def largest_micro_batch(cost: Cost, config: Config, recompute: bool, ranks: int, limit: float,
                         dtype: torch.dtype = torch.bfloat16) -> int:
-    """The largest part of a rank's share of the batch that fits into ROOM of limit; 0: none."""
+    """The largest part of a rank's share of the batch that fits into ROOM of limit; 0: none.
+    Raises ValueError where the share can only be cut into much less than that."""
     share = config.batch_size // ranks
-    fitting = (n for n in range(share, 0, -1) if share % n == 0 and ROOM * limit >= sum(
-        memory(cost, config, n, recompute, ranks, dtype).values()))
-    return next(fitting, 0)
+    room = next((n for n in range(share, 0, -1) if ROOM * limit >= sum(
+        memory(cost, config, n, recompute, ranks, dtype).values())), 0)
+    fitting = next((n for n in range(room, 0, -1) if share % n == 0), 0)
+    if 8 * fitting < room:
+        good = 2 ** int(math.log2(room))
+        raise ValueError(f"--batch-size {config.batch_size} gives each process {share} pictures; "
+                         f"it has room for {room} at once, but no number from {fitting + 1} to that "
+                         f"divides them; take {math.ceil(share / good) * good * ranks}")
+    return fitting
 
 
 def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype) -> Config:
@@ -170,7 +183,7 @@ def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype) -> Config:
     """
     if config.micro_batch and config.checkpoint_activations is not None:
         return config
-    of = cost(config.arch, config.crops, parse_head(config.head), config.prototypes, dtype)
+    of = cost(config, dtype)
     most = {again: largest_micro_batch(of, config, again, ranks, limit, dtype)
             for again in (False, True)}
     recompute = config.checkpoint_activations
@@ -204,11 +217,18 @@ def traffic(cost: Cost, config: Config, micro_batch: int, recompute: bool, gpus:
     counts = [spec.count for spec in parse_crops(config.crops)]
     pieces, ring = config.batch_size // gpus // micro_batch, 2 * (gpus - 1) / gpus
     group = sync_group(config.sync_bn_group, gpus, torch.device("cuda"))
-    forward = 4 * (2 * cost.channels + 1) * (group - 1)                  # all-gather
-    backward = 4 * 2 * cost.channels * 2 * (group - 1) / group           # all-reduce
-    passes = len(counts) * pieces * (1 + recompute) + (pieces > 1) * assigned_sizes(counts) * pieces
-    return {"gradients": ring * 4 * cost.params,
-            "SyncBatchNorm": passes * forward + len(counts) * pieces * backward,
+
+    def forward(norms):             # all-gather of means, deviations and a count
+        return 4 * sum(2 * channels + 1 for channels in norms) * (group - 1)
+
+    def backward(norms):            # all-reduce of two sums
+        return 4 * 2 * sum(norms) * 2 * (group - 1) / group
+
+    sizes, first = len(counts), assigned_sizes(counts) * (pieces > 1)
+    synchronised = pieces * (
+        (sizes * (1 + recompute) + first) * forward(cost.norms) + sizes * backward(cost.norms)
+        + (1 + (pieces > 1)) * forward(cost.head_norms) + backward(cost.head_norms))
+    return {"gradients": ring * 4 * cost.params, "SyncBatchNorm": synchronised,
             "Sinkhorn": ring * 4 * ASSIGNED * config.prototypes * config.sinkhorn_iterations}
 
 
@@ -221,20 +241,22 @@ def work(cost: Cost, recompute: bool = False, joint: bool = False) -> float:
 
 def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memory: float = 80.0,
          tflops: float = 790.0, utilisation: float = 0.4) -> str:
-    """What a run takes, in words; gpu_memory in GB, tflops of one GPU in bf16.
+    """What a run takes, in words; gpu_memory in GB, tflops of one GPU in the run's precision.
 
     Raises ValueError for a machine of nothing, and where a given --micro-batch does not divide.
     """
-    if min(gpus, gpu_memory, tflops, utilisation) <= 0:
+    if not all(0 < x < math.inf for x in (gpus, gpu_memory, tflops, utilisation)):
         raise ValueError("--gpus, --gpu-memory, --tflops and --utilisation must be above 0")
     config = with_length(config, num_images or IMAGENET)
-    of = cost(config.arch, config.crops, parse_head(config.head), config.prototypes)
+    dtype = PRECISIONS.get(config.precision, torch.bfloat16)
+    of = cost(config, dtype)
     share, limit = config.batch_size // gpus, gpu_memory * 1e9
     seen = config.steps * config.batch_size
     shown = {}
     for recompute in (False, True):
-        micro_batch = config.micro_batch or largest_micro_batch(of, config, recompute, gpus, limit)
-        parts = memory(of, config, micro_batch or 1, recompute, gpus)
+        micro_batch = config.micro_batch or largest_micro_batch(of, config, recompute, gpus, limit,
+                                                                dtype)
+        parts = memory(of, config, micro_batch or 1, recompute, gpus, dtype)
         column = {"GB, for micro-batches of": str(micro_batch or 1)}
         column |= {name: f"{size / 1e9:.2f}" for name, size in parts.items()}
         total = sum(parts.values()) / 1e9
@@ -438,7 +460,7 @@ def bench_step(config: Config, device: torch.device, dtype: torch.dtype, recompu
         steps["ordinary"] = ordinary_step(config, device)
         steps["ordinary"](Clock(device))
     except torch.OutOfMemoryError:
-        del steps["ordinary"]
+        steps.pop("ordinary", None)
         print("the ordinary way has no room on this device")
     clocks = {name: [] for name in steps}
     for _ in range(repeats):
@@ -447,7 +469,7 @@ def bench_step(config: Config, device: torch.device, dtype: torch.dtype, recompu
             step(clock)
             clocks[name].append(clock.ms)
 
-    of = cost(config.arch, config.crops, parse_head(config.head), config.prototypes, dtype)
+    of = cost(config, dtype)
     planned = sum(memory(of, config, config.micro_batch, recompute, 1, dtype).values())
     peak, rows = bf16_peak(device), {}
     for name, measured in clocks.items():
@@ -539,19 +561,29 @@ def bench_sinkhorn(repeats: int) -> None:
 
 
 # -------------------------------------------------------------------------------- small print
-def write_result(path: Path, what: str, result: dict) -> None:
-    """Append to a JSON file, with what it was measured on."""
-    results = json.loads(path.read_text()) if path.exists() else []
+def read_results(path: Path) -> list:
+    """Raises ValueError for a file that is no list of results."""
+    try:
+        results = json.loads(path.read_text()) if path.exists() else []
+    except (ValueError, OSError):
+        results = None
+    if not isinstance(results, list):
+        raise ValueError(f"--out {path} is no file of results; name another")
+    return results
+
+
+def write_results(path: Path, results: list, what: str, result: dict) -> None:
+    """All results, with one more and what it was measured on."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    results.append({
+    results = [*results, {
         "what": what, "date": datetime.date.today().isoformat(), **result,
         "machine": names[0] if names else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__})
+        "torchvision": torchvision.__version__}]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(results, indent=1) + "\n")
@@ -569,21 +601,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="", help="cuda, mps or cpu; none: the best one here")
     parser.add_argument("--repeats", type=int, default=0, help="(5; of sinkhorn 15)")
     parser.add_argument("--out", default="runs/bench.json", help="where results are added")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(hyphens(sys.argv[1:] if argv is None else argv))
     if args.what == "sinkhorn":
-        return bench_sinkhorn(args.repeats or 15)
+        return bench_sinkhorn(max(args.repeats, 0) or 15)
     try:
+        if args.micro_batch < 1 or args.repeats < 0:
+            raise ValueError("--micro-batch must be at least 1, and --repeats not below 0")
+        out = Path(args.out)
+        results = read_results(out)
         if args.what == "start":
             result = bench_start(args.arch)
         else:
             config = configure({"arch": args.arch, "crops": args.crops,
-                                "batch_size": args.micro_batch, "micro_batch": args.micro_batch})
+                                "batch_size": max(2, args.micro_batch)})
             device = pick_device(args.device)
-            result = bench_step(config, device, pick_precision(args.precision, device),
+            result = bench_step(replace(config, micro_batch=args.micro_batch), device,
+                                pick_precision(args.precision, device),
                                 args.checkpoint_activations, args.repeats or 5)
-    except ValueError as error:
-        sys.exit(f"bench.py: error: {error}")
-    write_result(Path(args.out), args.what, result)
+        write_results(out, results, args.what, result)
+    except torch.OutOfMemoryError:
+        fail("the device has no room for this step: try a smaller --micro-batch or "
+             "--checkpoint-activations")
+    except (ValueError, RuntimeError, OSError) as error:
+        fail(str(error))
+
+
+def fail(sentence: str) -> None:
+    print(f"bench.py: error: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ _SWAV = {
     "batch_size": (4096, "script: 64 x 64"),
     "crops": ("2x224+6x96", "script; 0.14 to 1 and 0.05 to 0.14 of the area"),
     "strength": (1.0, "paper, A.3"), "gray": (0.2, "paper, A.3"), "blur": (0.5, "paper, A.3"),
+    "mean": (Config.mean, "its code: ImageNet's"),
     "std": ("0.228,0.224,0.225", "its code; elsewhere the first is 0.229"),
     "head": ("2048-128", "script"), "head_bn": (True, "its code"), "prototypes": (3000, "script"),
     "epsilon": (0.05, "script"), "sinkhorn_iterations": (3, "script"),
@@ -135,6 +136,7 @@ SWAV = {
     "swav-bs256": _SWAV | {
         "epochs": (200.0, "script"), "batch_size": (256, "script: 4 x 64"),
         "lr": (0.6, "script"), "warmup": (0.0, "script"), "first_lr": (0.0, "script"),
+        "final_lr": (0.001, "script: 0.0006"), "sync_bn_group": (8, "assumed: as the other script"),
         "freeze_prototypes": (5005, "script: an epoch"), "queue": (3840, "script"),
         "queue_start": (75_075, "script: 15 epochs of ImageNet")},
 }
@@ -143,7 +145,10 @@ SWAV = {
 _ASSUMED = "assumed"
 _SEER_COMMON = {
     "images": (1_000_000_000, "one pass over a billion pictures (paper)"),
-    "crops": ("2x224+4x96", "VISSL"), "prototypes": (16000, "VISSL"),
+    "crops": ("2x224+4x96", "VISSL"), "strength": (1.0, "VISSL's base for SwAV"),
+    "gray": (0.2, "VISSL's base for SwAV"), "blur": (0.5, "VISSL's base for SwAV"),
+    "mean": (Config.mean, "VISSL: ImageNet's"), "std": (Config.std, "VISSL: ImageNet's"),
+    "prototypes": (16000, "VISSL"),
     "sinkhorn_iterations": (10, "VISSL, names"), "temperature": (0.1, "VISSL"),
     "queue": (0, "VISSL"), "lr": (0.3, "VISSL, per 256 pictures"), "momentum": (0.9, "VISSL"),
     "trust_coefficient": (0.001, "VISSL"), "freeze_prototypes": (313, "VISSL's base; " + _ASSUMED),
@@ -152,9 +157,9 @@ _SEER_COMMON = {
 _SEER_LARGE = {"head": ("8192-8192-256", "VISSL"), "head_bn": (False, "VISSL")}
 SEER = {
     "regnety_32gf": {
-        "batch_size": (4096, "name of the 16GF"), "head": ("4096-4096-256", "VISSL"),
+        "batch_size": (4096, _ASSUMED + ": name of the 16GF"), "head": ("4096-4096-256", "VISSL"),
         "head_bn": (True, "VISSL"), "epsilon": (0.05, _ASSUMED), "weight_decay": (1e-5, _ASSUMED),
-        "sync_bn_group": (32, "name of the 16GF"),
+        "sync_bn_group": (32, _ASSUMED + ": name of the 16GF"),
         "final_lr": (0.001, "cosine: name; its end " + _ASSUMED),
         "warmup": (0.0655, "'warmup2x' in the name, " + _ASSUMED + " 2 x 8,000 of 244,141 steps")},
     "regnety_64gf": _SEER_LARGE | {
@@ -270,18 +275,23 @@ def parse_arguments(argv: list[str]) -> dict:
             kwargs |= dict(type=field.type, choices=choices,
                            metavar=None if choices else field.type.__name__.upper())
         parser.add_argument(flag(field.name), **kwargs)
-    parser.add_argument("--explain", action="store_true", default=argparse.SUPPRESS,
-                        help="print the recipe's settings, with its reasons, and stop")
-    plan = parser.add_argument_group("what a run takes, on GPUs that need not be here")
-    plan.add_argument("--plan", action="store_true", default=argparse.SUPPRESS,
-                      help="print its memory, time and traffic, and stop")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--explain", action="store_true", default=argparse.SUPPRESS,
+                         help="print the recipe's settings, with its reasons, and stop")
+    instead.add_argument("--plot", nargs="+", metavar="RUN",
+                         help="draw the loss of these runs' folders, and stop (needs matplotlib)")
+    instead.add_argument("--plan", action="store_true", default=argparse.SUPPRESS,
+                         help="print what the run takes on GPUs that need not be here, and stop")
     for name, (value, text) in MACHINE.items():
-        plan.add_argument(flag(name), type=type(value), metavar="N", help=f"{text} ({value:g})")
-    parser.add_argument("--plot", nargs="+", metavar="RUN",
-                        help="draw the loss of these runs' folders, and stop (needs matplotlib)")
-    flags = [arg.replace("_", "-", arg.split("=")[0].count("_")) if arg.startswith("--") else arg
-             for arg in argv]
-    return vars(parser.parse_args(flags))
+        parser.add_argument(flag(name), type=type(value), metavar="N",
+                            help=f"of --plan: {text} ({value:g})")
+    return vars(parser.parse_args(hyphens(argv)))
+
+
+def hyphens(argv: list[str]) -> list[str]:
+    """--batch_size -> --batch-size; values stay as they are."""
+    return [arg.replace("_", "-", arg.split("=")[0].count("_")) if arg.startswith("--") else arg
+            for arg in argv]
 
 
 def choose_recipe(given: dict, images) -> str:
@@ -359,6 +369,10 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
         fitting = max(n for n in range(1, min(config.micro_batch, share) + 1) if share % n == 0)
         raise ValueError(f"--micro-batch {config.micro_batch} does not divide the {share} pictures "
                          f"of a process; {fitting} does")
+    for spec in specs:
+        if (config.micro_batch or share) * spec.count == 1 and spec.size <= 2 ** (stages + 1):
+            raise ValueError(f"--micro-batch 1 with {spec.count}x{spec.size} in --crops: one crop "
+                             "that ends as one pixel is no batch for BatchNorm; use 2")
     return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}")
 
 

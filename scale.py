@@ -34,6 +34,7 @@ from swav import SwAV, swav_loss
 
 TRUNKS = (*ARCHS, "resnet50")
 ASSIGNED = 2                 # crops of a picture that get codes: the first two
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 # ----------------------------------------------------------------------------- the hardware
@@ -61,7 +62,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         else:
             native = device.type == "cuda" and torch.cuda.is_bf16_supported()
         name = "bf16" if native else "fp32"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    return PRECISIONS[name]
 
 
 # --------------------------------------------------------------------------------- the model
@@ -161,17 +162,14 @@ def stages_of(trunk: nn.Module) -> list[tuple[str, nn.Sequential]]:
 
 @contextmanager
 def still_statistics(module: nn.Module):
-    """BatchNorm normalises by its batch, as in training, and leaves its buffers as they are."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    """BatchNorm normalises by its batch, as in training; afterwards its buffers are as before."""
+    kept = [(buffer, buffer.clone()) for norm in module.modules() if isinstance(norm, _BatchNorm)
+            for buffer in norm.buffers()]
     try:
-        for norm in norms:
-            norm.momentum = 0.0         # running = 1 * running + 0 * batch
-            norm.num_batches_tracked = norm.num_batches_tracked.clone()
         yield
     finally:
-        for norm, momentum, batches in kept:
-            norm.momentum, norm.num_batches_tracked = momentum, batches
+        for buffer, before in kept:
+            buffer.copy_(before)
 
 
 # ------------------------------------------------------------------------------------ the step
@@ -194,8 +192,8 @@ def swav_backward(model: SwAV, wrapped: nn.Module, micro_batches: Sequence, coun
         once a pass, so that only one micro-batch of float pixels exists at a time.
     dtype: of autocast.  scaler: for float16.
 
-    Returns the loss, and embeddings and scores from which the codes were made: of all crops where
-    there is one micro-batch; else of the assigned crops (and those of their size), of all of them.
+    Returns the loss, and embeddings and scores of this rank's pictures: of all crops where there is
+    one micro-batch, else of the assigned ones.
 
     Differs from the joined batch where BatchNorm is in training: the trunk's normalises each
     micro-batch by itself (SyncBatchNorm: together with the other ranks'), as on so many more
@@ -212,12 +210,13 @@ def swav_backward(model: SwAV, wrapped: nn.Module, micro_batches: Sequence, coun
 
     if joint:
         sizes = assigned_sizes(counts)
-        assigned = sum(counts[:sizes])
+        computed = sum(counts[:sizes])
         with torch.no_grad(), still_statistics(model):
-            passes = [forward(model, entries[:sizes]) for entries in micro_batches]
-        embeddings, scores = (torch.cat([x.unflatten(0, (assigned, -1)) for x in parts], dim=1)
-                              .flatten(0, 1) for parts in zip(*passes))  # (V*B, D), (V*B, K)
-        codes = codes_of(embeddings, scores, assigned).chunk(len(micro_batches), dim=1)
+            passes = [[x.unflatten(0, (computed, -1))[:ASSIGNED].clone()
+                       for x in forward(model, entries[:sizes])] for entries in micro_batches]
+        embeddings, scores = (torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*passes))
+        del passes                                               # (A*B, D), (A*B, K) remain
+        codes = codes_of(embeddings, scores, ASSIGNED).chunk(len(micro_batches), dim=1)
 
     total = 0.0
     for i, entries in enumerate(micro_batches):

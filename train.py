@@ -43,7 +43,7 @@ from demo import DemoImages
 from images import NoReadablePicture, Positions, Stream, collate, open_images, permute
 from larc import LARC
 from multicrop import MultiCrop, Photometric, parse_crops
-from recipes import (MACHINE, Config, configure, explain, parse_arguments, parse_channels,
+from recipes import (MACHINE, Config, configure, explain, flag, parse_arguments, parse_channels,
                      parse_head, with_length)
 from scale import build_model, layout, pick_device, pick_precision, swav_backward, wrap
 from swav import Queue, SwAV, collapse_statistics, swav_codes
@@ -139,15 +139,17 @@ def train(run: SimpleNamespace) -> None:
     positions = Positions(start, config.steps, config.batch_size, run.rank, run.world,
                           config.micro_batch)
     # on a CPU the workers distort too: they have time to spare, the computing threads have none
+    pieces = config.batch_size // run.world // config.micro_batch
+    in_workers = device.type == "cpu" and pieces == 1       # of several, one is float at a time
     loader = DataLoader(run.stream, batch_sampler=positions,
-                        collate_fn=distort.collate if device.type == "cpu" else collate,
+                        collate_fn=distort.collate if in_workers else collate,
                         num_workers=share_processors(config, device),
                         pin_memory=device.type == "cuda")
     log, watchdog = open_log(out / "log.jsonl", start) if main else None, report.Watchdog(config)
     bad_pictures, bad_total, waited, logged, clock = [], 0, 0.0, start, time.perf_counter()
     steps = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step",
                  disable=not main or not sys.stderr.isatty())
-    batches, pieces = iter(loader), config.batch_size // run.world // config.micro_batch
+    batches = iter(loader)
 
     for step in steps:
         # schedule
@@ -389,14 +391,19 @@ def main(argv: list[str] | None = None) -> None:
     given = parse_arguments(sys.argv[1:] if argv is None else argv)
     only_explain, runs = given.pop("explain", False), given.pop("plot", [])
     only_plan = given.pop("plan", False)
-    machine = {name: given.pop(name, default) for name, (default, _) in MACHINE.items()}
+    machine = {name: given.pop(name) for name in MACHINE if name in given}
     try:
+        if machine and not only_plan:
+            raise ValueError(f"{', '.join(map(flag, machine))}: of --plan alone; a run takes the "
+                             "processes that torchrun starts")
+        machine = {name: default for name, (default, _) in MACHINE.items()} | machine
         if runs:
             picture = Path(runs[0], "loss.png") if len(runs) == 1 else Path("loss.png")
             report.curves(picture, runs)
             return print(picture)
         if only_plan and not given.get("data"):
-            given.setdefault("arch", Config.arch)
+            if "recipe" not in given:
+                given.setdefault("arch", Config.arch)
             return print(bench.plan(configure(given, max(1, machine["gpus"])), **machine))
         images = open_images(given["data"]) if given.get("data") else DemoImages("train")
         if only_plan:

@@ -1,4 +1,4 @@
-"""Run a function of a test file in two processes joined by gloo (or one, or by nccl).
+"""Run a function of a test file in two processes joined by gloo.
 
     results = run_ranks(worker, tmp_path, *arguments)       # one result per rank
 
@@ -16,15 +16,13 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(worker, tmp_path: Path, *arguments, world: int = 2, timeout: float = 120,
-              backend: str = "gloo") -> list:
+def run_ranks(worker, tmp_path: Path, *arguments, world: int = 2, timeout: float = 120) -> list:
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     torch.save(arguments, folder / "arguments.pt")
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
                                 "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, worker.__module__, worker.__name__, str(folder), backend,
-               str(world)]
+    command = [sys.executable, __file__, worker.__module__, worker.__name__, str(folder), str(world)]
     processes = [subprocess.Popen([*command, str(rank)], env=environment, text=True,
                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
                  for rank in range(world)]
@@ -40,8 +38,8 @@ def run_ranks(worker, tmp_path: Path, *arguments, world: int = 2, timeout: float
 
 
 if __name__ == "__main__":
-    module, name, folder, backend, world, rank = sys.argv[1:]
-    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous",
+    module, name, folder, world, rank = sys.argv[1:]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
                             rank=int(rank), world_size=int(world))
     try:
         function = getattr(importlib.import_module(module), name)

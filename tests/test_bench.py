@@ -2,6 +2,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import scale
 import train
 from multicrop import parse_crops
 from recipes import configure, parse_head
-from regnet import ARCHS
+from swav import swav_codes, swav_loss
 
 MIB, GB = 2 ** 20, 1e9
 BENCHMARK, SEER = "2x160+4x96", "2x224+4x96"
@@ -20,8 +21,7 @@ SIZES = ["regnety_32gf", "regnety_64gf", "regnety_128gf", "regnety_256gf", "regn
 
 
 def cost_of(arch, crops=SEER, dtype=torch.bfloat16):
-    config = configure({"arch": arch})
-    return bench.cost(arch, crops, parse_head(config.head), config.prototypes, dtype)
+    return bench.cost(configure({"arch": arch, "crops": crops}), dtype)
 
 
 # ---------------------------------------------------------------------- the plan, against figures
@@ -72,9 +72,54 @@ def test_what_is_counted_without_memory_is_what_a_step_keeps(arch, recompute):
         outputs = [model.trunk(torch.randn(2, 3, spec.size, spec.size))
                    for spec in parse_crops(crops)]
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    of = bench.cost(arch, crops, (16, 8), 4, torch.float32)
+    of = cost_of(arch, crops, torch.float32)
     assert len(outputs) == 2
     assert (of.inputs if recompute else of.activations) == measured
+
+
+def test_head_scores_and_loss_are_what_a_step_keeps():
+    """Counted beside what autograd holds between forward and backward, in float32; the two
+    gradients of the scores come later."""
+    config = configure({"recipe": "demo", "head": "64-32", "prototypes": 300, "crops": "2x64+2x32"})
+    model, kept, pictures = train.fresh_model(config), {}, 8
+    model.trunk = torch.nn.AdaptiveAvgPool2d(1)             # so that only the head's part is held
+    model.head[0] = torch.nn.Linear(3, 64)
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in owned:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    forward = model.forward
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = [torch.randn(2 * pictures, 3), torch.randn(2 * pictures, 3)]
+        model.trunk = torch.nn.Identity()
+        _, scores = forward(features)
+        loss = swav_loss(scores, swav_codes(scores, 4), 4)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + scores.nbytes
+    of = bench.cost(config, torch.float32)
+    planned = bench.memory(of, replace(config, batch_size=pictures), pictures, False, 1,
+                           torch.float32)["head, scores and loss"]
+    gradients, joined = 2 * 4 * 4 * pictures * 300, 4 * 2 * pictures * 300
+    assert loss.requires_grad and held == pytest.approx(planned - gradients - joined, rel=0.02)
+
+
+def test_traffic_of_a_small_case():
+    """Two GPUs, so that a ring sends each byte once: by hand."""
+    config = configure({"recipe": "demo", "arch": "regnety_100mf", "head": "16-8", "prototypes": 10,
+                        "crops": "2x64+4x32", "batch_size": 8, "sync_bn_group": 2})
+    of = bench.cost(config)
+    assert (len(of.norms), of.head_norms) == (1 + 3 * 8 + 3, [16])
+    assert sum(of.norms) == 32 + 3 * (24 + 2 * 64 + 5 * 152) + 24 + 64 + 152
+    sent = bench.traffic(of, config, 4, False, 2)
+    assert sent["gradients"] == 4 * of.params and sent["Sinkhorn"] == 4 * 2 * 10 * 3
+    one_pass, one_back = 4 * (2 * sum(of.norms) + 28), 4 * 2 * sum(of.norms)
+    head_pass, head_back = 4 * (2 * 16 + 1), 4 * 2 * 16
+    assert sent["SyncBatchNorm"] == 2 * one_pass + 2 * one_back + head_pass + head_back
+    joint = bench.traffic(of, config, 2, True, 2)["SyncBatchNorm"]     # and blocks computed again
+    assert joint == 2 * (5 * one_pass + 2 * one_back + 2 * head_pass + head_back)
+    assert bench.traffic(of, replace(config, sync_bn_group=0), 4, False, 2)["SyncBatchNorm"] == 0
 
 
 # ------------------------------------------------------------------------- what fits where
@@ -102,8 +147,14 @@ def test_the_micro_batch_is_the_largest_that_fits():
             assert sums[chosen] <= 0.9 * limit * GB < sums[2 * chosen]
 
 
+def test_a_share_that_cannot_be_cut_is_refused():
+    with pytest.raises(ValueError, match="8191 pictures; it has room for 2.. at once, but no number "
+                       "from 2 to that divides them; take 8192"):
+        bench.fit(configure({"arch": "regnety_16gf", "batch_size": 8191}), 1, 80 * GB, torch.bfloat16)
+
+
 def test_a_network_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="regnety_10b needs 13[0-9] GB on every device for one "
+    with pytest.raises(ValueError, match="regnety_10b needs 1[13][0-9] GB on every device for one "
                        "picture at a time, and 90% of 80 GB are there; a smaller --arch"):
         fitted(80, "regnety_10b", ranks=8)
 
@@ -170,10 +221,28 @@ def test_a_plan_follows_what_is_given(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("recipe", ["demo", "small", "swav", "swav-bs256", "seer"])
+def test_a_plan_is_of_the_recipes_own_trunk(recipe, capsys):
+    train.main(["--plan", f"--recipe={recipe}"])
+    assert capsys.readouterr().out.startswith(f"recipe {recipe}: {configure({'recipe': recipe}).arch}, ")
+
+
+def test_a_plan_is_in_the_runs_precision(capsys):
+    rows = {}
+    for precision in ("bf16", "fp32"):
+        train.main(["--plan", f"--precision={precision}", "--micro-batch=8"])
+        rows[precision] = {line[:42].strip(): line[42:60].strip()
+                           for line in capsys.readouterr().out.splitlines()}
+    name = "activations of the trunk"
+    assert float(rows["fp32"][name]) == pytest.approx(2 * float(rows["bf16"][name]), rel=0.01)
+    assert float(rows["fp32"]["weights cast for autocast"]) == 0
+
+
 @pytest.mark.parametrize("argv, expected", [
     (["--gpus=0"], "--gpus, --gpu-memory, --tflops and --utilisation must be above 0"),
     (["--gpus=3"], "--batch-size 8192 is not divisible by 3 processes"),
-    (["--tflops=0"], "must be above 0"), (["--utilisation=-1"], "must be above 0"),
+    (["--tflops=0"], "must be above 0"), (["--gpu-memory=nan"], "must be above 0"),
+    (["--explain"], "not allowed with argument"), (["--utilisation=-1"], "must be above 0"),
     (["--micro-batch=3"], "--micro-batch 3 does not divide the 1024 pictures of a process; 2 does"),
     (["--arch=regnety_257gf"], "unknown arch"), (["--data=nowhere"], "no such folder")])
 def test_a_plan_that_cannot_be_made(argv, expected, capsys):
@@ -217,6 +286,29 @@ def test_memory_of_a_cpu_is_shared_by_its_ranks(monkeypatch):
     assert bench.memory_of(torch.device("cpu")) == whole / 4
 
 
-def test_an_unknown_trunk_is_refused():
-    with pytest.raises(SystemExit, match="bench.py: error: unknown arch"):
-        bench.main(["step", "--arch=regnety_33gf"])
+@pytest.mark.parametrize("argv, expected", [
+    (["step", "--arch=regnety_33gf"], "unknown arch 'regnety_33gf'"),
+    (["start", "--arch=regnety_33gf"], "did not reach its first step"),
+    (["step", "--micro_batch=0"], "--micro-batch must be at least 1"),
+    (["step", "--repeats=-1"], "--repeats not below 0"),
+    (["step", "--out={folder}"], "is no file of results"),
+    (["step", "--device=tpu9"], "--device tpu9 cannot be used here")])
+def test_what_cannot_be_measured_is_refused(argv, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main([word.format(folder=tmp_path) for word in argv])
+    assert stop.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_a_step_without_room_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+    small = ["step", "--arch=regnety_100mf", "--crops=2x48+2x36", "--micro-batch=2", "--repeats=1",
+             "--device=cpu", f"--out={tmp_path / 'bench.json'}"]
+    monkeypatch.setattr(bench, "ordinary_step", full)
+    bench.main(small)
+    result, = json.loads((tmp_path / "bench.json").read_text())
+    assert "ordinary" not in result["step, ms"] and result["step, ms"]["ours"] > 0
+    monkeypatch.setattr(bench, "our_step", full)
+    with pytest.raises(SystemExit):
+        bench.main(small)
+    assert "no room for this step: try a smaller --micro-batch" in capsys.readouterr().err

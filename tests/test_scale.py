@@ -180,18 +180,18 @@ def test_two_ranks_have_the_gradient_of_the_joined_batch(tmp_path, pieces, recom
 
 
 # ------------------------------------------------------------------------------------- wrappers
-def two_steps(device, recompute, compiled=False, synchronised=False, arch="regnety_100mf"):
+def two_steps(device, recompute, compiled=False, arch="regnety_100mf", rank=0, world=1, pieces=1):
     """Losses, gradients and running statistics of two steps, each over two resolutions."""
     model = tiny(arch, head_bn=True, device=device)
-    if synchronised:                    # `wrap` leaves a single rank its own statistics
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    wrapped = scale.wrap(model, torch.device(device), checkpoint_activations=recompute)
     if compiled:                        # by Inductor on a GPU; on a CPU with all but its kernels
         torch._dynamo.reset()
-        wrapped.trunk = torch.compile(wrapped.trunk, backend="inductor" if device == "cuda"
-                                      else "aot_eager_decomp_partition")
+        model.trunk.compile(backend="inductor" if device == "cuda" else
+                            "aot_eager_decomp_partition")
+    wrapped = scale.wrap(model, torch.device(device, 0) if device == "cuda" else CPU,
+                         sync_bn_group=world, checkpoint_activations=recompute)
     batches = [[size.to(device) for size in pictures(4, seed)] for seed in range(2)]
-    losses = [backward(model, wrapped, cut(batch, 1))[0].cpu() for batch in batches]
+    losses = [backward(model, wrapped, cut(batch, pieces, rank, world))[0].item()
+              for batch in batches]
     return losses, *({name: value.cpu() for name, value in values.items()}
                      for values in (gradients(model), dict(model.named_buffers())))
 
@@ -265,24 +265,38 @@ def test_a_network_may_be_built_without_memory():
 
 
 # ----------------------------------------------------------------------- on a CUDA machine only
-def two_steps_on_a_rank(rank, *options):
-    torch.cuda.set_device(rank)
-    torch.backends.cudnn.deterministic = True
-    return two_steps("cuda", *options)
-
-
 @cuda
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("synchronised", [False, True])
-def test_checkpointing_on_a_gpu(tmp_path, synchronised, compiled):
-    """Statistics updated once, also by SyncBatchNorm, which needs a process group, and compiled."""
-    (plain,), (again,) = (run_ranks(two_steps_on_a_rank, tmp_path, recompute, compiled, synchronised,
-                                    world=1, backend="nccl", timeout=300)
-                          for recompute in (False, True))
+def test_checkpointing_on_a_gpu(compiled):
+    plain, again = (two_steps("cuda", recompute, compiled) for recompute in (False, True))
     for expected, mine in zip(plain, again):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
     tracked = [value for name, value in again[2].items() if "stem.1.num_batches" in name]
     assert tracked == [2 * len(SPECS)]
+
+
+def synchronised_steps(rank, world, pieces, recompute, compiled):
+    return two_steps("cuda", recompute, compiled, rank=rank, world=world, pieces=pieces)
+
+
+@cuda
+@pytest.mark.parametrize("recompute, compiled", [(False, False), (True, False), (True, True)])
+def test_synchronised_statistics_are_the_joined_batchs(tmp_path, recompute, compiled):
+    """Two ranks on one GPU, joined by gloo, BatchNorm in training: losses, gradients and running
+    statistics of one process on the joined batch."""
+    losses, grads, buffers = two_steps("cuda", False)
+    ranks = run_ranks(synchronised_steps, tmp_path, 2, 1, recompute, compiled, timeout=300)
+    for step, loss in enumerate(losses):
+        assert sum(rank[0][step] for rank in ranks) / 2 == pytest.approx(loss, rel=1e-4)
+    for _, mine, statistics in ranks:
+        assert_close(mine, grads, tolerance=1e-3)
+        torch.testing.assert_close(statistics, buffers, rtol=1e-3, atol=1e-5)
+    # and of several micro-batches the first pass, though it synchronises, leaves no trace
+    plain, again = (run_ranks(synchronised_steps, tmp_path, 2, 2, redo, False, timeout=300)
+                    for redo in (False, True))
+    for expected, mine in zip(plain, again):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+        assert mine[2]["trunk.stem.1.num_batches_tracked"] == 2 * 2 * len(SPECS)
 
 
 @cuda

@@ -148,7 +148,7 @@ def test_resumed_equals_uninterrupted_bitwise(photos, tmp_path, monkeypatch, mor
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
 
 
-def test_checkpointing_changes_no_bit_of_a_run(photos, tmp_path):
+def test_checkpointing_changes_no_bit_of_a_run(photos, tmp_path, capsys):
     """A run goes on with another size of micro-batch, and with checkpointing or without."""
     options = ["--steps=4", "--save-every=2", "--micro-batch=2"]
     run(photos, tmp_path / "plain", *options)
@@ -157,8 +157,11 @@ def test_checkpointing_changes_no_bit_of_a_run(photos, tmp_path):
                     for name in ("plain", "recomputed"))
     assert equal(plain["model"], again["model"]) and equal(plain["optimizer"], again["optimizer"])
     checkpoint.save(tmp_path / "plain" / "checkpoint.pt", plain | {"step": 3})
+    capsys.readouterr()
     run(photos, tmp_path / "plain", "--steps=4", "--micro-batch=4", "--checkpoint-activations")
-    assert log_of(tmp_path / "plain")[-1]["step"] == 4
+    assert "batch 4 = 1 rank x 1 x 4" in capsys.readouterr().out
+    *_, before, after = log_of(tmp_path / "plain")
+    assert (before["step"], after["step"]) == (3, 4) and after["loss"] < 1.5 * before["loss"]
 
 
 @pytest.mark.parametrize("options", [
@@ -231,7 +234,7 @@ def steps_on_ranks(rank, world, steps, queue_length, pieces=1):
                   for count, size in ((2, 32), (2, 16))]                 # (count, B, 3, s, s)
         of_rank = [c.chunk(world, 1)[rank].chunk(pieces, 1) for c in joined]
         micro_batches = [[c.flatten(0, 1) for c in crops] for crops in zip(*of_rank)]
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=world == 1)             # as the loop does
         loss, _, _ = train.swav_step(config, step, model, wrapped, queue, micro_batches)
         if step < 1:
             model.freeze_prototypes()
@@ -306,6 +309,8 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(photos, tmp_path, capsy
             ([*good, "--batch-size=0"], "--batch-size 0: needs at least 2"),
             ([*good, "--batch-size=8", "--micro-batch=3"],
              "--micro-batch 3 does not divide the 8 pictures of a process; 2 does"),
+            ([*good, "--gpus=4"], "--gpus: of --plan alone"),
+            ([*good, "--micro-batch=1", "--crops=2x32+1x16"], "use 2"),
             ([*good, "--micro-batch=-1"], "--micro-batch -1: needs at least 0"),
             ([*good, "--recipe=swav", "--arch=resnet51"], "unknown arch 'resnet51'; there is resnet50"),
             ([*good, "--epsilon=0"], "--epsilon 0.0: needs at least"),
