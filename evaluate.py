@@ -4,8 +4,8 @@
     python evaluate.py knn runs/mine/checkpoint.pt --data flowers/       # flowers/train/CLASS/*.jpg
     python evaluate.py linear random --arch regnety_400mf --data flowers/   # flowers/val/CLASS/
 
-CHECKPOINT is a run's folder, its checkpoint.pt or its trunk.pt, or `random` for an untrained
-network. The last line on stdout is one JSON object; progress goes to stderr. Each picture goes
+CHECKPOINT is a run's folder, its checkpoint.pt or its trunk.pt, any other file or official name
+that weights.py knows, or `random` for an untrained network. The last line on stdout is one JSON object; progress goes to stderr. Each picture goes
 through the trunk once; all that follows works on its pooled features.
 
 knn: each val picture is classed by its k nearest train pictures in cosine similarity, with votes
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-import checkpoint
+import weights
 from demo import DemoImages
 from images import open_images
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, decode, parse_crops
@@ -41,35 +41,28 @@ WEIGHT_DECAYS = [10.0 ** exponent for exponent in range(0, -7, -1)]      # of th
 
 
 def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[nn.Module, dict]:
-    """A run's folder, checkpoint.pt or trunk.pt, or "random" -> trunk in eval mode, the run's
-    configuration ({} for random). Raises ValueError where there is none, or of another arch."""
+    """Anything weights.py reads (a run's folder, a file in any layout, an official name), or
+    "random" -> trunk in eval mode, the run's configuration ({} where there is none). arch: of
+    random. Raises ValueError where there is no trunk, or none that is known."""
     if source == "random":
         if arch not in TRUNKS:
             raise ValueError(f"random needs --arch, one of {', '.join(sorted(TRUNKS))}")
         torch.manual_seed(seed)
         return build_trunk(arch).eval(), {}
-    path = Path(source) / "trunk.pt" if Path(source).is_dir() else Path(source)
-    state = checkpoint.load(path)
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{path} holds neither a run nor a trunk")
-    if {"model", "config"} <= state.keys():
-        config = state["config"]
-        state = {k.removeprefix("trunk."): v for k, v in state["model"].items()
-                 if k.startswith("trunk.")}
-    else:
-        beside = path.parent / "config.json"
-        if not (arch or beside.exists()):
-            raise ValueError(f"{path} does not say its arch and {beside} is missing: give --arch")
+    loaded = weights.read(source)
+    known = weights.arch_of(loaded.tensors)
+    if not known or arch not in ("", known[0]):
+        raise ValueError(f"{loaded.path} holds {weights.describe(loaded.tensors)}, not "
+                         + (arch or "one of regnet.ARCHS"))
+    with torch.device("meta"):
+        trunk = build_trunk(*known)
+    weights.load_weights(trunk, loaded)
+    config, beside = loaded.config, loaded.path.parent / "config.json"
+    if not config and beside.exists():
         try:
-            config = json.loads(beside.read_text())["config"] if beside.exists() else {}
+            config = json.loads(beside.read_text())["config"]
         except (ValueError, KeyError):
-            raise ValueError(f"{beside} is damaged: give --arch and move it away") from None
-    name = arch or config["arch"]
-    trunk = build_trunk(name)
-    try:
-        trunk.load_state_dict(state)
-    except RuntimeError:
-        raise ValueError(f"{path} holds another network than {name}") from None
+            raise ValueError(f"{beside} is damaged: move it away") from None
     return trunk.eval(), config
 
 
@@ -235,9 +228,10 @@ def open_splits(data: str):
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure a trunk.")
     parser.add_argument("what", choices=["knn", "linear"])
-    parser.add_argument("checkpoint", help="run folder, checkpoint.pt, trunk.pt, or random")
+    parser.add_argument("checkpoint", help="run folder, checkpoint.pt, trunk.pt, a file of another "
+                        "library, an official name (python weights.py), or random")
     parser.add_argument("--data", default="", help="folder with train/ and val/; none: demo")
-    parser.add_argument("--arch", default="", help="name from regnet.ARCHS, if the file says none")
+    parser.add_argument("--arch", default="", help="of the network called random")
     parser.add_argument("--seed", type=int, default=0, help="of the network called random")
     parser.add_argument("--size", type=int, default=0,
                         help="pixels; none: the size of the run's first crops, else 224")

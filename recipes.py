@@ -33,6 +33,8 @@ class Config:
     """Everything that decides a run. The defaults are SEER's (VISSL's configuration files)."""
     data: str = option("", "folder of pictures, any depth; none: the built-in demo pictures")
     out: str = option("", "folder of the run; none: runs/RECIPE-ARCH")
+    init: str = option("", "weights to start from: a file or an official name (python weights.py "
+                       "lists them); none: random ones")
     recipe: str = option("", "named set of defaults; none: small for fewer than 100,000 pictures "
                          "of your own, seer for more or with --arch alone, else demo")
     arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS, or resnet50")

@@ -3,13 +3,30 @@
 Papers: "Designing Network Design Spaces" (arXiv 2003.13678) for the space and its RegNetX and
 RegNetY; SEER (arXiv 2103.01988 and 2202.08360) for RegNetY-64GF, -128GF, -256GF and -10B.
 
-A RegNet is five numbers. The width of block j is first a line, u_j = w_0 + w_a * j (eq. 2), then
-snapped to w_0 * w_m^k for a whole k (eq. 3-4) and to a multiple of 8; a run of equal widths is a
-stage; widths are last made divisible by the group width of the 3x3 convolution.
+A RegNet is five numbers. The width of block j is first a line, u_j = w_0 + w_a * j (eq. 2),
+then snapped to w_0 * w_m^k for a whole k (eq. 3-4) and to a multiple of 8; a run of equal widths is
+a stage; widths are last made divisible by the group width of the 3x3 convolution.
 
     params = ARCHS["regnety_16gf"]             # RegNetParams -> .stages() -> RegNet
     features = RegNet(params)(torch.randn(2, 3, 224, 224))       # (2, 3024)
     print(params.stages(), complexity(params))
+
+    python regnet.py                                             # the published networks
+    python regnet.py show 27,640,230.83,2.53,373                 # one, from its line to its stages
+    python regnet.py sample --flops 400e6 --count 20 --seed 0    # random members of the space
+
+How the paper comes to this: it does not search for one network, it narrows a *space* of networks
+down, and keeps what makes its random members better (sections 3 and 4):
+
+    AnyNetX_A   stem, four stages, head; each stage has a depth d_i, a width w_i, a bottleneck
+                ratio b_i and a group width g_i of its own: 16 numbers, some 10^18 networks
+    AnyNetX_B   one b for all stages: nothing is lost
+    AnyNetX_C   one g for all stages: nothing is lost
+    AnyNetX_D   widths never decrease: much better
+    AnyNetX_E   depths never decrease: better
+    RegNetX     the best of these have block widths near a straight line, so: a line, quantised.
+                Five numbers with b = 1, the best; good ones have 12 to 28 blocks and w_m >= 2
+    RegNetY     X with squeeze-and-excitation: better again
 
 Parameter names are torchvision's, so weights move both ways with `load_state_dict`. The module
 tree takes no notice of devices or ranks; `RegNet.blocks()` gives the residual blocks to whoever
@@ -23,6 +40,7 @@ Differs from the reference (pycls):
 Shapes: B images, C features, w a stage's width.
 """
 import math
+import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,18 +88,24 @@ class RegNetParams:
             raise ValueError(f"not a RegNet: {self} breaks {', '.join(broken)}")
 
     def stages(self) -> list[Stage]:
-        """Quantise the line of block widths into stages (section 3.3, equations 2 to 4)."""
-        widths = []
-        for j in range(self.depth):
-            u = self.w_0 + self.w_a * j                                  # eq. 2: a line
-            k = round(math.log(u / self.w_0) / math.log(self.w_m))       # eq. 3: nearest power
-            widths.append(8 * round(self.w_0 * self.w_m ** k / 8))       # eq. 4, a multiple of 8
+        """Runs of equal block widths, made divisible by the group width."""
+        widths = [width for _, _, width in self.blocks()]
         stages = []
         for width in sorted(set(widths)):                                # never decreasing in j
             group_width = min(self.group_width, width)
             stages.append(Stage(self._divisible(width, group_width), widths.count(width),
                                 group_width))
         return stages
+
+    def blocks(self) -> list[tuple[float, float, int]]:
+        """Of each block u_j, s_j and w_j: the line, the power of w_m that it is, and the width, for
+        the nearest whole power (section 3.3, equations 2 to 4) and a multiple of 8."""
+        blocks = []
+        for j in range(self.depth):
+            u = self.w_0 + self.w_a * j                                  # eq. 2
+            s = math.log(u / self.w_0) / math.log(self.w_m)              # eq. 3
+            blocks.append((u, s, 8 * round(self.w_0 * self.w_m ** round(s) / 8)))     # eq. 4
+        return blocks
 
     def _divisible(self, width: int, group_width: int) -> int:
         if self.rounding == "pycls":
@@ -250,3 +274,117 @@ def complexity(params: RegNetParams, resolution: int = 224, num_classes: int = 1
     if num_classes:
         conv(1, 1, width, num_classes, norm=False)
     return Complexity(*total)
+
+
+# ------------------------------------------------------------------- the space, and its printing
+def sample(flops: float, rng: random.Random, se_ratio: float | None = 0.25,
+           draws: int = 200_000) -> RegNetParams:
+    """A random member of the space with 90 to 100 % of a budget of multiply-adds at 224 pixels.
+
+    As the paper draws them (sections 4 and 5, with the ranges of its code): 12 to 28 blocks in four
+    stages, w_m of 2 to 3, w_0 and w_a of 8 to 256, group widths of 8 to 128; and no more parameters
+    and activations than good networks of that budget have (figure 12). Above 16 GF the widths'
+    ranges grow with the root of the budget. Raises ValueError where no draw meets the budget.
+    """
+    if not 0 < flops < math.inf:
+        raise ValueError(f"a budget of {flops:g} multiply-adds is none")
+    giga, scale = flops / 1e9, math.sqrt(max(1.0, flops / 16e9))
+
+    def log_uniform(low, high, step):
+        return step * round(math.exp(rng.uniform(math.log(low), math.log(high))) / step)
+
+    for _ in range(draws):
+        powers_of_two = rng.random() < 0.5
+        group_width = log_uniform(8 * scale, 128 * scale, 8)
+        if powers_of_two:
+            group_width = 2 ** round(math.log2(group_width))
+        params = RegNetParams(
+            rng.randint(12, 28), log_uniform(8 * scale, 256 * scale, 8),
+            round(log_uniform(8 * scale, 256 * scale, 0.1), 1), round(log_uniform(2, 3, 0.001), 3),
+            group_width, se_ratio)
+        powers = {round(s) for _, s, _ in params.blocks()}
+        if powers == {0, 1, 2, 3} and len(params.stages()) == 4:
+            cost = complexity(params)
+            if (0.9 * flops <= cost.flops <= flops and cost.params <= (3 + 5.5 * giga) * 1e6
+                    and cost.activations <= 6.5 * math.sqrt(giga) * 1e6):
+                return params
+    raise ValueError(f"none of {draws:,} networks had 90 to 100 % of {flops:g} multiply-adds; the "
+                     "space is made for 1e8 and more")
+
+
+def show(params: RegNetParams) -> str:
+    """A network's way from its line to its stages, in words."""
+    p, stages = params, params.stages()
+    lines = [f"RegNet{'Y' if p.se_ratio else 'X'} of depth {p.depth}, w_0 {p.w_0}, w_a {p.w_a:g}, "
+             f"w_m {p.w_m:g}, group width {p.group_width}", "",
+             f"{'block j':>7} {'u_j = w_0 + w_a j':>18} {'s_j':>6} {'rounded':>8} "
+             f"{'w_0 w_m^k':>10} {'multiple of 8':>14}"]
+    for j, (u, s, width) in enumerate(params.blocks()):
+        k = round(s)
+        lines.append(f"{j:>7} {u:>18.2f} {s:>6.2f} {k:>8} {p.w_0 * p.w_m ** k:>10.1f} {width:>14}")
+    lines += ["", f"{'stage':>7} {'depth':>6} {'width':>7} {'group width':>12} {'groups':>7} "
+                  f"{'divisible: width':>17}"]
+    for i, (width, stage) in enumerate(zip(sorted({w for _, _, w in params.blocks()}), stages), 1):
+        lines.append(f"{i:>7} {stage.depth:>6} {width:>7} {stage.group_width:>12} "
+                     f"{stage.width // stage.group_width:>7} {stage.width:>17}")
+    cost = complexity(params)
+    return "\n".join([*lines, "", f"{cost.params / 1e6:.3f} M parameters with 1000 classes, "
+                      f"{cost.flops / 1e9:.3f} GF (10^9 multiply-adds) and "
+                      f"{cost.activations / 1e6:.2f} M activations at 224 pixels"])
+
+
+def table(networks: dict[str, RegNetParams]) -> str:
+    """One network a line; parameters with 1000 classes, at 224 pixels."""
+    lines = [f"{'network':<28} {'widths':<22} {'depths':<11} {'group widths':<19} "
+             f"{'M params':>9} {'GF':>9} {'M acts':>7}"]
+    for name, params in networks.items():
+        widths, depths, groups = (",".join(map(str, column)) for column in zip(*params.stages()))
+        cost = complexity(params)
+        lines.append(f"{name:<28} {widths:<22} {depths:<11} {groups:<19} "
+                     f"{cost.params / 1e6:>9.3f} {cost.flops / 1e9:>9.3f} "
+                     f"{cost.activations / 1e6:>7.2f}")
+    return "\n".join(lines)
+
+
+def parse(text: str) -> RegNetParams:
+    """A name of ARCHS, or "depth,w_0,w_a,w_m,group_width"; a sixth number is se_ratio, 0 for X."""
+    if text in ARCHS:
+        return ARCHS[text]
+    try:
+        depth, w_0, w_a, w_m, group_width, *se_ratio = text.split(",")
+        numbers = (int(depth), int(w_0), float(w_a), float(w_m), int(group_width),
+                   *map(float, se_ratio))
+    except ValueError:
+        raise ValueError(f"{text!r} is neither a published network nor five numbers, "
+                         "depth,w_0,w_a,w_m,group_width as in 27,640,230.83,2.53,373") from None
+    return RegNetParams(*numbers)
+
+
+if __name__ == "__main__":
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(description="The RegNet design space.")
+    commands = parser.add_subparsers(dest="command", help="none: the published networks")
+    one = commands.add_parser("show", help="one network, from its line to its stages")
+    one.add_argument("network", help="a published one, or depth,w_0,w_a,w_m,group_width")
+    some = commands.add_parser("sample", help="random networks of the space")
+    some.add_argument("--flops", type=float, default=400e6, help="most multiply-adds (400e6)")
+    some.add_argument("--count", type=int, default=20, help="how many (20)")
+    some.add_argument("--seed", type=int, default=0)
+    some.add_argument("--x", action="store_true", help="RegNetX: no squeeze-and-excitation")
+    args = parser.parse_args()
+    try:
+        if args.command == "show":
+            print(show(parse(args.network)))
+        elif args.command == "sample":
+            rng, found = random.Random(args.seed), {}
+            for _ in range(args.count):
+                p = sample(args.flops, rng, None if args.x else 0.25)
+                found[f"{p.depth},{p.w_0},{p.w_a:g},{p.w_m:g},{p.group_width}" + ",0" * args.x] = p
+            print(table(found))
+        else:
+            print(table(ARCHS))
+    except ValueError as error:
+        print(f"regnet.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -18,6 +18,7 @@ K prototypes. The assigned crops are the first two.
 """
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Callable, Sequence
 
 import torch
@@ -66,15 +67,16 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 # --------------------------------------------------------------------------------- the model
-def build_trunk(arch: str) -> nn.Module:
-    """A name of regnet.ARCHS, or resnet50: torchvision's, SwAV's own trunk. ValueError: neither."""
+def build_trunk(arch: str, rounding: str = "pycls") -> nn.Module:
+    """A name of regnet.ARCHS, or resnet50: torchvision's, SwAV's own trunk. ValueError: neither.
+    rounding: as in RegNetParams."""
     if arch not in TRUNKS:
         raise ValueError(f"unknown arch {arch!r}; there is {', '.join(sorted(TRUNKS))}")
     if arch == "resnet50":
         trunk = torchvision.models.resnet50()
         trunk.num_features, trunk.fc = trunk.fc.in_features, nn.Identity()
         return trunk
-    return RegNet(ARCHS[arch])
+    return RegNet(replace(ARCHS[arch], rounding=rounding))
 
 
 def build_model(arch: str, head: Sequence[int], prototypes: int, head_bn: bool = False,

@@ -39,6 +39,7 @@ import bench
 import checkpoint
 import evaluate
 import report
+import weights
 from demo import DemoImages
 from images import NoReadablePicture, Positions, Stream, collate, open_images, permute
 from larc import LARC
@@ -110,6 +111,8 @@ def setup(config: Config, images) -> SimpleNamespace:
                          f"{out}/checkpoint.pt; both must be shared")
     config = bench.fit(config, world, min(gather_lists([bench.memory_of(device)])), dtype)
     model = fresh_model(config, device)
+    if config.init and not state:
+        start_from(config.init, model, rank)
     wrapped = wrap(model, device, config.sync_bn_group, config.checkpoint_activations)
     optimizer = LARC(model.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
@@ -219,6 +222,25 @@ def train(run: SimpleNamespace) -> None:
 
 
 # -------------------------------------------------------------------------------- small print
+def start_from(source: str, model: SwAV, rank: int) -> None:
+    """--init. A download is left to one rank of a machine; the others wait for it."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    error = ""
+    try:
+        loaded = weights.load_weights(model, source) if first else None
+    except ValueError as reason:
+        error = str(reason)
+    errors = [e for e in gather_lists([error]) if e]
+    if errors:
+        raise ValueError(errors[0])
+    loaded = loaded or weights.load_weights(model, source)
+    if rank == 0:
+        print(f"starts from {source}: the trunk" + "".join(
+            f", {part}" for part in ("head", "prototypes") if part not in loaded.untouched)
+            + f"; new: {', '.join(loaded.untouched)}" * bool(loaded.untouched)
+            + f"; left: {', '.join(loaded.unused)}" * bool(loaded.unused))
+
+
 def resume(config: Config, num_images: int, out: Path) -> dict | None:
     """The state to go on from, or None. Raises ValueError where the folder holds another run."""
     path = out / "checkpoint.pt"

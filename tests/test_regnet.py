@@ -1,5 +1,8 @@
 """regnet.py against pycls' published counts, torchvision's networks and stored feature maps."""
 import json
+import random
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +11,10 @@ import pytest
 import torch
 import torchvision
 
-from regnet import ARCHS, RegNet, RegNetParams, complexity
+from regnet import ARCHS, RegNet, RegNetParams, complexity, parse, sample
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
 TINY = torch.load(DATA / "regnet_tiny.pt", weights_only=True)
 TORCHVISION = [name for name in torchvision.models.list_models() if name.startswith("regnet_")]
 
@@ -138,3 +142,70 @@ def test_parameters_outside_the_space_are_named(wrong):
     good = dict(depth=8, w_0=24, w_a=24.48, w_m=2.54, group_width=8)
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RegNetParams(**good | wrong)
+
+
+# -------------------------------------------------------------------------- the space, as a command
+def regnet(*argv):
+    return subprocess.run([sys.executable, ROOT / "regnet.py", *argv], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("flops", [2e8, 4e8, 4e9, 256e9])
+@pytest.mark.parametrize("se_ratio", [None, 0.25])
+def test_samples_lie_in_the_space_and_in_the_budget(flops, se_ratio):
+    rng, found = random.Random(0), []
+    for _ in range(3):
+        params = sample(flops, rng, se_ratio)
+        cost, scale = complexity(params), max(1, flops / 16e9) ** 0.5
+        assert 0.9 * flops <= cost.flops <= flops and params.se_ratio == se_ratio
+        assert len(params.stages()) == 4 and 12 <= params.depth <= 28 and 2 <= params.w_m <= 3
+        assert 7 <= params.w_0 / scale <= 257 and 7 <= params.w_a / scale <= 257
+        assert 5 <= params.group_width / scale <= 182               # the nearest power of two
+        assert cost.params <= 3e6 + 5.5e-3 * flops
+        assert cost.activations <= 6.5e6 * (flops / 1e9) ** 0.5
+        found.append(params)
+    assert len(set(found)) == 3 and sample(flops, random.Random(0), se_ratio) == found[0]
+
+
+def test_a_budget_without_networks_is_refused():
+    for flops, sentence in ((1e6, "none of 50 networks"), (0, "is none"), (float("nan"), "is none")):
+        with pytest.raises(ValueError, match=sentence):
+            sample(flops, random.Random(0), draws=50)
+
+
+def test_the_command_samples_the_same_networks_again():
+    first, again, other = (regnet("sample", "--flops", "200e6", "--count", "4", "--seed", seed).stdout
+                           for seed in "001")
+    assert first == again != other and len(first.splitlines()) == 5
+    name = first.splitlines()[1].split()[0]
+    assert complexity(parse(name)).flops <= 200e6
+    assert f"depth {name.split(',')[0]}," in regnet("show", name).stdout
+
+
+def test_the_command_explains_seers_256gf():
+    text = regnet("show", "27,640,230.83,2.53,373").stdout
+    assert text == regnet("show", "regnety_256gf").stdout
+    rows = [line.split() for line in text.splitlines()]
+    assert ["9", "2717.47", "1.56", "2", "4096.6", "4096"] in rows
+    assert ["3", "17", "4096", "373", "11", "4103"] in rows
+    assert "1282.601 M parameters" in text and "254.385 GF" in text
+
+
+def test_the_command_prints_the_published_networks():
+    rows = [line.split() for line in regnet().stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == list(ARCHS)
+    for name, widths, depths, groups, params, flops, activations in rows:
+        stages = [list(map(int, column.split(","))) for column in (widths, depths, groups)]
+        assert list(zip(*stages)) == [tuple(stage) for stage in ARCHS[name].stages()]
+        cost = complexity(ARCHS[name])
+        assert (params, flops, activations) == (f"{cost.params / 1e6:.3f}", f"{cost.flops / 1e9:.3f}",
+                                                f"{cost.activations / 1e6:.2f}")
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["show", "27,641,2,1,3"], "breaks w_0 a multiple of 8, w_m > 1"),
+    (["show", "regnety_257gf"], "neither a published network nor five numbers"),
+    (["show", "1,2,3"], "neither a published network nor five numbers"),
+    (["sample", "--flops", "-1"], "is none")])
+def test_what_is_outside_the_space_gets_a_sentence(argv, sentence):
+    result = regnet(*argv)
+    assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
