@@ -2,6 +2,7 @@
 
     python train.py --plan --arch regnety_256gf --gpus 8 --gpu-memory 80 --tflops 790
     python bench.py step --arch regnety_400mf --crops 2x96+4x64 --micro-batch 32
+    python bench.py trunk --arch regnety_8gf --crops 1x128 --micro-batch 4    # and torchvision's
     python bench.py start              # from the command to the first step
     python bench.py sinkhorn           # against the textbook loop
 
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -46,8 +48,8 @@ from larc import LARC
 from multicrop import MultiCrop, Photometric, parse_crops
 from recipes import Config, configure, hyphens, parse_head, with_length
 from regnet import ARCHS, complexity
-from scale import (ASSIGNED, PRECISIONS, assigned_sizes, build_model, layout, pick_device,
-                   pick_precision, stages_of, swav_backward, sync_group, wrap)
+from scale import (ASSIGNED, PRECISIONS, assigned_sizes, build_model, build_trunk, layout,
+                   pick_device, pick_precision, stages_of, swav_backward, sync_group, wrap)
 from sinkhorn import sinkhorn
 from swav import swav_codes
 
@@ -170,8 +172,8 @@ def largest_micro_batch(cost: Cost, config: Config, recompute: bool, ranks: int,
     if 8 * fitting < room:
         good = 2 ** int(math.log2(room))
         raise ValueError(f"--batch-size {config.batch_size} gives each process {share} pictures; "
-                         f"it has room for {room} at once, but no number from {fitting + 1} to that "
-                         f"divides them; take {math.ceil(share / good) * good * ranks}")
+                         f"it has room for {room} at once, but no number from {fitting + 1} to "
+                         f"that divides them; take {math.ceil(share / good) * good * ranks}")
     return fitting
 
 
@@ -518,19 +520,55 @@ def bench_start(arch: str) -> dict:
     return {"arch": arch, "seconds": round(seconds, 2)}
 
 
-# ------------------------------------------------------------------------------------ sinkhorn
-def in_turn(functions: dict, repeats: int) -> dict[str, float]:
+# ----------------------------------------------------------------------------------- the trunk
+def bench_trunk(arch: str, pictures: int, size: int, device: torch.device, dtype: torch.dtype,
+                repeats: int) -> dict:
+    """Forward, and forward and backward: in either memory layout, and torchvision's network (NCHW).
+    Widths are rounded as torchvision does, so that both are the same network."""
+    nets = {"torchvision": ordinary_trunk(arch), "NCHW": build_trunk(arch, "torchvision"),
+            "channels-last": build_trunk(arch, "torchvision")}
+    nets["torchvision"].fc = nn.Identity()
+    layouts = dict.fromkeys(nets, torch.contiguous_format) | {"channels-last": torch.channels_last}
+    images = torch.randn(pictures, 3, size, size, device=device)
+    images = {name: images.to(memory_format=layouts[name]) for name in nets}
+    nets = {name: net.to(device, memory_format=layouts[name]) for name, net in nets.items()}
+
+    def features(name):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return nets[name](images[name])
+
+    def step(name):
+        nets[name].zero_grad(set_to_none=True)
+        features(name).float().square().mean().backward()
+
+    rows = {row: in_turn({name: partial(function, name) for name in nets}, repeats, device)
+            for row, function in (("forward, ms", torch.no_grad()(features)), ("step, ms", step))}
+    chosen = "channels-last" if layout(device) is torch.channels_last else "NCHW"
+    precision = str(dtype).removeprefix("torch.")
+    print(f"{arch}, {pictures} pictures of {size} pixels, {precision}; {device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {repeats}; "
+          f"train.py takes {chosen}\n"
+          f"{'':<12}" + "".join(f"{name:>15}" for name in nets) + f"{'ratio':>8}")
+    for row, ms in rows.items():
+        ms["ratio"] = ms["torchvision"] / ms[chosen]
+        print(f"{row:<12}" + "".join(f"{ms[name]:>15.1f}" for name in nets) + f"{ms['ratio']:>8.2f}")
+    return {"arch": arch, "pictures": pictures, "size": size, "repeats": repeats, "layout": chosen,
+            "precision": precision, **rows}
+
+
+def in_turn(functions: dict, repeats: int, device=torch.device("cpu")) -> dict[str, float]:
     """Median milliseconds of each function's second call, the functions taken in turn."""
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             function()
-            start = time.perf_counter()
-            function()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            clock = Clock(device)
+            clock.timed("", function)()
+            times[name].append(clock.ms[""])
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+# ------------------------------------------------------------------------------------ sinkhorn
 def textbook_sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Exponentiate, then divide rows and columns in turn."""
     q = torch.exp(scores / epsilon)                                      # (B, K)
@@ -592,10 +630,10 @@ def write_results(path: Path, results: list, what: str, result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure speed beside the ordinary way.")
-    parser.add_argument("what", choices=["step", "start", "sinkhorn"])
-    parser.add_argument("--arch", default="regnety_400mf", help="of step and start")
-    parser.add_argument("--crops", default="2x160+4x96", help="of step")
-    parser.add_argument("--micro-batch", type=int, default=16, help="pictures of step")
+    parser.add_argument("what", choices=["step", "trunk", "start", "sinkhorn"])
+    parser.add_argument("--arch", default="regnety_400mf", help="of step, trunk and start")
+    parser.add_argument("--crops", default="2x160+4x96", help="of step; of trunk the first size")
+    parser.add_argument("--micro-batch", type=int, default=16, help="pictures of step and trunk")
     parser.add_argument("--checkpoint-activations", action="store_true", help="in step")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--device", default="", help="cuda, mps or cpu; none: the best one here")
@@ -612,12 +650,16 @@ def main(argv: list[str] | None = None) -> None:
         if args.what == "start":
             result = bench_start(args.arch)
         else:
-            config = configure({"arch": args.arch, "crops": args.crops,
-                                "batch_size": max(2, args.micro_batch)})
-            device = pick_device(args.device)
-            result = bench_step(replace(config, micro_batch=args.micro_batch), device,
-                                pick_precision(args.precision, device),
-                                args.checkpoint_activations, args.repeats or 5)
+            device, repeats = pick_device(args.device), args.repeats or 5
+            dtype = pick_precision(args.precision, device)
+            if args.what == "trunk":
+                result = bench_trunk(args.arch, args.micro_batch, parse_crops(args.crops)[0].size,
+                                     device, dtype, repeats)
+            else:
+                config = configure({"arch": args.arch, "crops": args.crops,
+                                    "batch_size": max(2, args.micro_batch)})
+                result = bench_step(replace(config, micro_batch=args.micro_batch), device, dtype,
+                                    args.checkpoint_activations, repeats)
         write_results(out, results, args.what, result)
     except torch.OutOfMemoryError:
         fail("the device has no room for this step: try a smaller --micro-batch or "

@@ -5,8 +5,9 @@
     python evaluate.py linear random --arch regnety_400mf --data flowers/   # flowers/val/CLASS/
 
 CHECKPOINT is a run's folder, its checkpoint.pt or its trunk.pt, any other file or official name
-that weights.py knows, or `random` for an untrained network. The last line on stdout is one JSON object; progress goes to stderr. Each picture goes
-through the trunk once; all that follows works on its pooled features.
+that weights.py knows, or `random` for an untrained network. The last line on stdout is one JSON
+object; progress goes to stderr. Each picture goes through the trunk once; all that follows works on
+its pooled features.
 
 knn: each val picture is classed by its k nearest train pictures in cosine similarity, with votes
 exp(similarity / temperature) (arXiv 1805.01978, section 3.4).

@@ -272,6 +272,17 @@ def test_a_step_is_measured(arch, options, tmp_path, capsys):
     assert "ordinary" in capsys.readouterr().out
 
 
+def test_trunks_are_measured(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    bench.main(["trunk", "--arch=regnety_800mf", "--crops=1x64", "--micro-batch=2", "--repeats=1",
+                "--device=cpu", "--precision=bf16", f"--out={out}"])
+    result, = json.loads(out.read_text())
+    for row in ("forward, ms", "step, ms"):
+        ms = result[row]
+        assert ms["ratio"] == ms["torchvision"] / ms["channels-last"] and ms["NCHW"] > 0
+    assert result["layout"] == "channels-last" and "regnety_800mf, 2 pictures of 64" in capsys.readouterr().out
+
+
 def test_the_ordinary_way_is_the_same_network():
     for arch in ("regnety_400mf", "regnetx_200mf", "resnet50"):
         ours, theirs = scale.build_trunk(arch), bench.ordinary_trunk(arch)
