@@ -551,7 +551,8 @@ def bench_trunk(arch: str, pictures: int, size: int, device: torch.device, dtype
           f"{'':<12}" + "".join(f"{name:>15}" for name in nets) + f"{'ratio':>8}")
     for row, ms in rows.items():
         ms["ratio"] = ms["torchvision"] / ms[chosen]
-        print(f"{row:<12}" + "".join(f"{ms[name]:>15.1f}" for name in nets) + f"{ms['ratio']:>8.2f}")
+        print(f"{row:<12}" + "".join(f"{ms[name]:>15.1f}" for name in nets)
+              + f"{ms['ratio']:>8.2f}")
     return {"arch": arch, "pictures": pictures, "size": size, "repeats": repeats, "layout": chosen,
             "precision": precision, **rows}
 
