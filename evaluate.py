@@ -50,6 +50,8 @@ def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[nn.Module, d
             raise ValueError(f"random needs --arch, one of {', '.join(sorted(TRUNKS))}")
         torch.manual_seed(seed)
         return build_trunk(arch).eval(), {}
+    if source in weights.OFFICIAL and arch not in ("", weights.OFFICIAL[source].arch):
+        raise ValueError(f"{source} is of {weights.OFFICIAL[source].arch}, not {arch}")
     loaded = weights.read(source)
     known = weights.arch_of(loaded.tensors)
     if not known or arch not in ("", known[0]):
@@ -59,10 +61,10 @@ def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[nn.Module, d
         trunk = build_trunk(*known)
     weights.load_weights(trunk, loaded)
     config, beside = loaded.config, loaded.path.parent / "config.json"
-    if not config and beside.exists():
+    if not config and loaded.path.name == "trunk.pt" and beside.exists():
         try:
             config = json.loads(beside.read_text())["config"]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             raise ValueError(f"{beside} is damaged: move it away") from None
     return trunk.eval(), config
 

@@ -77,9 +77,11 @@ class RegNetParams:
     rounding: str = "pycls"
 
     def __post_init__(self):
-        rules = {"depth >= 1": self.depth >= 1, "w_0 > 0": self.w_0 > 0,
+        rules = {"depth 1 to 1000": 1 <= self.depth <= 1000, "w_0 > 0": self.w_0 > 0,
+                 "widths below a million": self.w_0 + self.w_a * self.depth < 1e6,
                  "w_0 a multiple of 8": self.w_0 % 8 == 0, "w_a >= 0": self.w_a >= 0,
-                 "w_m > 1": self.w_m > 1, "group_width >= 1": self.group_width >= 1,
+                 "w_m 1.001 to 1000": 1.001 <= self.w_m <= 1000,
+                 "group_width >= 1": self.group_width >= 1,
                  "0 <= se_ratio <= 1": 0 <= (self.se_ratio or 0) <= 1,
                  "stem_width >= 1": self.stem_width >= 1,
                  "rounding 'pycls' or 'torchvision'": self.rounding in ("pycls", "torchvision")}
@@ -282,7 +284,8 @@ def sample(flops: float, rng: random.Random, se_ratio: float | None = 0.25,
     """A random member of the space with 90 to 100 % of a budget of multiply-adds at 224 pixels.
 
     As the paper draws them (sections 4 and 5, with the ranges of its code): 12 to 28 blocks in four
-    stages, w_m of 2 to 3, w_0 and w_a of 8 to 256, group widths of 8 to 128; and no more parameters
+    stages, w_m of 2 to 3, w_0 and w_a of 8 to 256, all three log-uniform, and group widths of 8 to
+    128, every other one a power of two; and no more parameters
     and activations than good networks of that budget have (figure 12). Above 16 GF the widths'
     ranges grow with the root of the budget. Raises ValueError where no draw meets the budget.
     """
@@ -351,9 +354,10 @@ def parse(text: str) -> RegNetParams:
     if text in ARCHS:
         return ARCHS[text]
     try:
-        depth, w_0, w_a, w_m, group_width, *se_ratio = text.split(",")
-        numbers = (int(depth), int(w_0), float(w_a), float(w_m), int(group_width),
-                   *map(float, se_ratio))
+        kinds = (int, int, float, float, int, float)
+        numbers = [kind(number) for kind, number in zip(kinds, text.split(","), strict=False)]
+        if len(text.split(",")) not in (5, 6):
+            raise ValueError
     except ValueError:
         raise ValueError(f"{text!r} is neither a published network nor five numbers, "
                          "depth,w_0,w_a,w_m,group_width as in 27,640,230.83,2.53,373") from None
@@ -378,6 +382,8 @@ if __name__ == "__main__":
         if args.command == "show":
             print(show(parse(args.network)))
         elif args.command == "sample":
+            if args.count < 1:
+                raise ValueError("--count must be at least 1")
             rng, found = random.Random(args.seed), {}
             for _ in range(args.count):
                 p = sample(args.flops, rng, None if args.x else 0.25)

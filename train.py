@@ -20,6 +20,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -95,7 +96,9 @@ def setup(config: Config, images) -> SimpleNamespace:
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype = pick_precision(config.precision, device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # a rank that waits longer for the others gives up; --init may have to download 37 GB
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=60))
 
     config = with_length(config, len(images))
     specs = parse_crops(config.crops)
@@ -225,15 +228,16 @@ def train(run: SimpleNamespace) -> None:
 def start_from(source: str, model: SwAV, rank: int) -> None:
     """--init. A download is left to one rank of a machine; the others wait for it."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    error = ""
-    try:
-        loaded = weights.load_weights(model, source) if first else None
-    except ValueError as reason:
-        error = str(reason)
-    errors = [e for e in gather_lists([error]) if e]
-    if errors:
-        raise ValueError(errors[0])
-    loaded = loaded or weights.load_weights(model, source)
+    for turn in (first, not first):
+        errors = []
+        if turn:
+            try:
+                loaded = weights.load_weights(model, source, quiet=rank > 0)
+            except Exception as error:      # whatever it is, the other ranks must not wait
+                errors = [str(error) or type(error).__name__]
+        errors = gather_lists(errors)
+        if errors:
+            raise ValueError(errors[0])
     if rank == 0:
         print(f"starts from {source}: the trunk" + "".join(
             f", {part}" for part in ("head", "prototypes") if part not in loaded.untouched)
@@ -261,7 +265,7 @@ def resume(config: Config, num_images: int, out: Path) -> dict | None:
 def check_same_run(old: dict, config: Config, out: Path) -> None:
     new = dataclasses.asdict(config)
     changed = [f"{k} was {old.get(k)}, not {v}" for k, v in new.items()
-               if k not in FREE and old.get(k) != v]
+               if k not in FREE and old.get(k, getattr(Config, k)) != v]
     if changed:
         raise ValueError(f"{out} holds another run ({'; '.join(changed)}); choose another --out")
 

@@ -18,11 +18,14 @@ Needs torch; to name the network in a file also regnet.py, and for .safetensors 
 Licences: SEER's weights are for non-commercial research only, SwAV's and SWAG's are CC BY-NC 4.0.
 """
 import dataclasses
+import hashlib
+import http.client
 import os
 import pickle
 import re
 import sys
 import types
+import urllib.parse
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -86,6 +89,7 @@ def _pattern(block: str) -> re.Pattern:
     return re.compile(re.sub(r"\\{(\w+)\\}", field, re.escape(block)) + r"\.(?P<part>.+)")
 
 
+TARGETS = list(BLOCKS)[:-1]            # transformers_x is chosen where it is needed
 PATTERNS = {layout: _pattern(block) for layout, block in BLOCKS.items()}
 
 
@@ -114,7 +118,10 @@ def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     plain = {}
     for key, tensor in tensors.items():
         path = ".".join(part for part in key.split(".") if not WRAPPERS.fullmatch(part))
-        plain[re.sub(r"^(?:trunk\.)?(?:base_model\.)?(?:regnet\.)?", "", path)] = tensor
+        path = re.sub(r"^(?:trunk\.)?(?:base_model\.)?(?:regnet\.)?", "", path)
+        if path in plain:
+            raise ValueError(f"holds {path} twice, once as {key}")
+        plain[path] = tensor
     names = {key.rpartition(".")[0] for key in plain}        # without weight, bias, running_mean
     layout = max(BLOCKS, key=lambda layout: sum(
         translate(name, layout, "torchvision") is not None for name in names))
@@ -135,8 +142,11 @@ def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     result = {}
     for key, tensor in plain.items():
         name, _, leaf = key.rpartition(".")
-        result[f"{renamed[name]}.{leaf}" if renamed[name] else key] = tensor
-    if layout == "pycls":
+        new = f"{renamed[name]}.{leaf}" if renamed[name] else key
+        if new in result:
+            raise ValueError(f"holds {new} twice, once as {key}")
+        result[new] = tensor
+    if layout == "pycls" and result.get("stem.0.weight", torch.empty(0)).dim() == 4:
         result["stem.0.weight"] = result["stem.0.weight"].flip(1)            # BGR -> RGB
     if any("_feature_blocks" in name for name in names):
         layout = "vissl"
@@ -144,7 +154,14 @@ def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
 
 
 def from_ours(tensors: dict[str, Tensor], layout: str) -> dict:
-    """The way back: what the library's own file holds, without what it has no name for."""
+    """The way back: what the library's own file holds, without the parts (head, prototypes, fc)
+    that it has no name for. Raises ValueError where it has none for the trunk."""
+    if layout not in TARGETS:
+        raise ValueError(f"unknown layout {layout!r}; there is {', '.join(TARGETS)}")
+    resnet = "layer1.0.conv1.weight" in tensors
+    if resnet and layout not in ("torchvision", "timm", "vissl"):
+        raise ValueError(f"{layout} has no names for a ResNet here")
+    prefix = "regnet." * (layout == "transformers" and "fc.weight" in tensors)
     if layout == "transformers" and not any(".f.se." in key for key in tensors):
         layout = "transformers_x"
     trunk, heads = {}, {}
@@ -153,11 +170,14 @@ def from_ours(tensors: dict[str, Tensor], layout: str) -> dict:
         if layout == "vissl" and re.fullmatch(r"head\.\d+|prototypes|fc", name):
             name = {"fc": "clf.0", "prototypes": "prototypes0"}.get(name, f"projection_{name}")
             heads[f"0.{name}.{leaf}"] = tensor
-        elif RESNET.fullmatch(name):
+        elif resnet and (RESNET.fullmatch(name) or name == "fc"):
             trunk["_feature_blocks." * (layout == "vissl") + key] = tensor
         elif theirs := translate(name, "torchvision", layout):
             flip = layout == "pycls" and key == "stem.0.weight"              # RGB -> BGR
+            theirs = theirs if name == "fc" else prefix + theirs
             trunk[f"{theirs}.{leaf}"] = tensor.flip(1) if flip else tensor
+        elif not re.fullmatch(r"head\.\d+|prototypes|fc", name):
+            raise ValueError(f"{layout} has no name for {key}")
     if layout == "vissl":
         return {"type": "consolidated", "classy_state_dict": {
             "base_model": {"model": {"trunk": trunk, "heads": heads}}}}
@@ -239,8 +259,9 @@ OFFICIAL = _official()
 _told = set()                      # licences that this process has printed
 
 
-def fetch(name: str) -> Path:
-    """An official file in torch.hub's cache; downloaded where it is not there. Prints its licence.
+def fetch(name: str, quiet: bool = False) -> Path:
+    """An official file in torch.hub's cache; downloaded where it is not there. Prints its licence
+    once, unless quiet.
 
     A file is kept under the last part of its URL where that is its own (torchvision's: the same
     file torchvision keeps), else under its name here: two of SEER's end alike.
@@ -249,17 +270,36 @@ def fetch(name: str) -> Path:
     last = entry.url.rpartition("/")[2]
     own = sum(other.url.endswith("/" + last) for other in OFFICIAL.values()) == 1
     path = Path(torch.hub.get_dir(), "checkpoints", last if own else f"{name}.torch")
-    if entry.licence not in _told:
+    if entry.licence not in _told and not quiet:
         _told.add(entry.licence)
         print(f"licence of {name}: {LICENCES[entry.licence]}", file=sys.stderr)
+    digest = re.search(r"-([0-9a-f]{8})\.", last)
+    return download(entry.url, path, digest and digest[1], gigabytes(entry))
+
+
+def gigabytes(entry: Official) -> float | None:
+    """At least how large the file is, by the trunk's parameters in float32; None: not known here.
+    (A file of VISSL's may hold the optimizer's state beside it.)"""
+    if entry.arch == "resnet50":
+        return 0.1
+    try:
+        from regnet import ARCHS, complexity
+    except ImportError:
+        return None
+    return 4e-9 * complexity(ARCHS[entry.arch]).params
+
+
+def download(url: str, path: Path, digest: str | None = None, size: float | None = None) -> Path:
+    """Raises ValueError where it does not succeed."""
     if not path.exists():
+        about = "" if size is None else f", {size:.2g} GB or more"
+        print(f"downloading {url}{about}, to {path}", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        digest = re.search(r"-([0-9a-f]{8})\.", last)
         try:
-            torch.hub.download_url_to_file(entry.url, str(path), digest and digest[1])
-        except OSError as error:
-            raise ValueError(f"{name} could not be downloaded from {entry.url}: {error}; put the "
-                             f"file at {path}") from None
+            torch.hub.download_url_to_file(url, str(path), digest)
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+            raise ValueError(f"{url} could not be downloaded: {error}; put the file at {path}"
+                             ) from None
     return path
 
 
@@ -298,38 +338,41 @@ class Inert:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Makes tensors and plain containers; every other class and function becomes an Inert."""
-    ALLOWED = {("collections", "OrderedDict"), ("torch", "Size"), ("torch", "device"),
-               ("torch._utils", "_rebuild_tensor"), ("torch._utils", "_rebuild_tensor_v2"),
-               ("torch._utils", "_rebuild_parameter")}
+    """Makes tensors and plain containers; every other class and function becomes an Inert. Pickle
+    can set attributes of what it is given, so that is never a live function or Python class."""
+    CLASSES = {("collections", "OrderedDict"), ("torch", "Size"), ("torch", "device")}
+    MAKERS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"}
 
     def find_class(self, module, name):
-        kind = getattr(torch, name, None) if module == "torch" else None
-        if (module, name) in self.ALLOWED or isinstance(kind, torch.dtype) or (
-                module == "torch" and re.fullmatch(r"\w+Storage", name)):
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if (module, name) in self.CLASSES or isinstance(dtype, torch.dtype):
             return super().find_class(module, name)
+        if module == "torch._utils" and name in self.MAKERS:
+            make = super().find_class(module, name)
+            return lambda *args: make(*args)
+        if module == "torch" and re.fullmatch(r"\w+Storage", name):
+            return torch.serialization.StorageType(name)
         return type(name, (Inert,), {"__module__": module})
 
 
-def read(source: str | os.PathLike, trust: bool = False) -> Loaded:
-    """A path, an https URL or a name of OFFICIAL -> its tensors, with torchvision's names.
+def read(source: str | os.PathLike, trust: bool = False, quiet: bool = False) -> Loaded:
+    """A path, a URL or a name of OFFICIAL -> its tensors, with torchvision's names.
 
     A file with objects of other classes is refused, unless trust: then these are left out. (None
     of them is ever made.) Raises ValueError for what cannot be read.
     """
-    path = Path(source)
-    if str(source) in OFFICIAL:
-        path = fetch(str(source))
-    elif re.match(r"https?://", str(source)):
-        path = Path(torch.hub.get_dir(), "checkpoints", str(source).rpartition("/")[2])
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(str(source), str(path))
-            except OSError as error:
-                raise ValueError(f"{source} could not be downloaded: {error}") from None
-    if path.is_dir():
-        path = path / "trunk.pt"                    # a run's folder
+    path, text = Path(source), str(source)
+    text = next((name for name, entry in OFFICIAL.items() if entry.url == text), text)
+    if text in OFFICIAL:
+        path = fetch(text, quiet)
+    elif re.match(r"https?://", text):              # many end in model.pth: the whole URL counts
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        name = urllib.parse.urlsplit(text).path.rpartition("/")[2]
+        path = download(text, Path(torch.hub.get_dir(), "checkpoints", f"{digest}-{name}"))
+    if path.is_dir():                               # a run's
+        path = path / "trunk.pt"
+        if not path.is_file():
+            raise ValueError(f"{source} is a folder without a trunk.pt: name a file")
     if not path.is_file():
         raise ValueError(f"{source} is neither a file nor the name of an official one (python "
                          "weights.py lists them)")
@@ -354,27 +397,40 @@ def open_file(path: Path, trust: bool = False):
             return load_file(path)
         except Exception as error:          # its errors share no class
             raise ValueError(f"is damaged, or no safetensors file ({error})") from None
-    options = dict(map_location="cpu", mmap=zipfile.is_zipfile(path) or None)
+    zipped = False
     try:
+        zipped = zipfile.is_zipfile(path)
+        options = dict(map_location="cpu", mmap=zipped or None)
+        if zipped and any(re.search(r"/code/|/constants\.pkl$", name)
+                          for name in zipfile.ZipFile(path).namelist()):
+            raise ValueError("TorchScript")
         if trust:
             inert = types.SimpleNamespace(
                 __name__="inert", Unpickler=_InertUnpickler, UnpicklingError=pickle.UnpicklingError,
                 load=lambda file, **options: _InertUnpickler(file, **options).load())
             return torch.load(path, weights_only=False, pickle_module=inert, **options)
         return torch.load(path, weights_only=True, **options)
-    except pickle.UnpicklingError as error:
-        found = re.findall(r"GLOBAL ([\w.]+)", str(error))
-        if zipfile.is_zipfile(path):
-            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if not found:
-            raise ValueError("is damaged, or no file of weights") from None
-        raise ValueError(f"holds objects that are not tensors ({', '.join(sorted(set(found)))}), "
-                         "which could run code; load_weights(..., trust=True) leaves them out"
-                         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError,
-            IndexError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:              # a damaged pickle raises nearly anything
+        if "TorchScript" in str(error):
+            raise ValueError("is a TorchScript program, not a file of weights") from None
+        found = [] if trust else foreign_names(path, zipped, error)
+        if found:
+            raise ValueError(f"holds objects that are not tensors ({', '.join(found)}), which "
+                             "could run code; load_weights(..., trust=True) leaves them out"
+                             ) from None
+        reason = (str(error).strip() or type(error).__name__).split("\n")[-1]
         raise ValueError(f"is damaged, or no file of weights ({reason})") from None
+
+
+def foreign_names(path: Path, zipped: bool, error: Exception) -> list[str]:
+    """The classes and functions for which torch refused a file."""
+    found = re.findall(r"GLOBAL ([\w.]+)", str(error))
+    try:
+        if zipped:
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:                   # damaged; the first error says so
+        pass
+    return sorted(set(found))
 
 
 def state_dict_of(content) -> dict[str, Tensor]:
@@ -403,14 +459,14 @@ def state_dict_of(content) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------ into models
-def load_weights(model: nn.Module, source, trust: bool = False) -> Loaded:
+def load_weights(model: nn.Module, source, trust: bool = False, quiet: bool = False) -> Loaded:
     """Load a file into a trunk (this project's, or torchvision's with or without its fc) or a SwAV.
 
-    source, trust: as in `read`, or what it gave. The trunk is loaded whole; head and prototypes,
-    and fc, where both the file and the model have them. Tensors are copied into the model's; those
-    of a model on the meta device are replaced by the file's own, so that one copy of a mapped file
-    is all the memory it takes. num_batches_tracked may be missing. Raises ValueError, and leaves
-    the model as it was, where anything else does not fit.
+    source, trust, quiet: as in `read`; or source is what it gave. The trunk is loaded whole; head
+    and prototypes, and fc, where both the file and the model have them. Tensors are copied into the
+    model's; those of a model on the meta device are replaced by the file's own, so that one copy of
+    a mapped file is all the memory it takes (two such models share it). num_batches_tracked may be
+    missing. Raises ValueError, and leaves the model as it was, where anything else does not fit.
     """
     wanted = {}                                     # name here -> name in the model, tensor
     for key, tensor in model.state_dict(keep_vars=True).items():
@@ -418,10 +474,11 @@ def load_weights(model: nn.Module, source, trust: bool = False) -> Loaded:
         wanted[path.removeprefix("trunk.")] = key, tensor
     if isinstance(source, str) and source in OFFICIAL:
         check_arch({name: tensor for name, (_, tensor) in wanted.items()}, source)
-    loaded = source if isinstance(source, Loaded) else read(source, trust)
+    loaded = source if isinstance(source, Loaded) else read(source, trust, quiet)
 
     def part(name):
-        return name.split(".")[0] if re.match(r"(head|prototypes|fc)\.", name) else "trunk"
+        match = re.match(r"(head|prototypes|fc)s?\.", name)
+        return match[1] if match else "trunk"
 
     ours, theirs = {part(name) for name in wanted}, {part(name) for name in loaded.tensors}
     shared = (ours & theirs) | {"trunk"}
@@ -429,13 +486,16 @@ def load_weights(model: nn.Module, source, trust: bool = False) -> Loaded:
     given = {name for name in loaded.tensors if part(name) in shared}
     missing = [name for name in sorted(mine - given) if not name.endswith("num_batches_tracked")]
     unexpected = sorted(given - mine)
-    misshapen = [f"{name} {tuple(loaded.tensors[name].shape)} for {tuple(wanted[name][1].shape)}"
-                 for name in sorted(mine & given)
-                 if loaded.tensors[name].shape != wanted[name][1].shape]
+    pairs = {name: (loaded.tensors[name], wanted[name][1]) for name in sorted(mine & given)}
+    misshapen = [f"{name} {tuple(new.shape)} for {tuple(old.shape)}"
+                 for name, (new, old) in pairs.items() if new.shape != old.shape]
+    mistyped = [f"{name} {new.dtype} for {old.dtype}" for name, (new, old) in pairs.items()
+                if new.is_floating_point() != old.is_floating_point()]
     left = tuple(sorted(ours - theirs))
     if any(wanted[name][1].is_meta for name in wanted if part(name) in left):
         missing += [f"the whole of {name}" for name in left]
-    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen,
+              "of another type": mistyped}
     if any(faults.values()):
         found = "; ".join(f"{what}: {', '.join(names[:3])}" + ", ..." * (len(names) > 3)
                           for what, names in faults.items() if names)
@@ -444,7 +504,9 @@ def load_weights(model: nn.Module, source, trust: bool = False) -> Loaded:
     with torch.no_grad():
         for name in mine:
             key, old = wanted[name]
-            new = loaded.tensors.get(name, torch.zeros((), dtype=torch.long))
+            new = loaded.tensors.get(name, torch.zeros((), dtype=torch.long)).detach()
+            if name == "prototypes.weight" and (new.norm(dim=1) - 1).abs().max() > 1e-3:
+                new = nn.functional.normalize(new, dim=1)   # swav normalises at the next step
             if not old.is_meta:
                 old.copy_(new)
                 continue
@@ -452,10 +514,6 @@ def load_weights(model: nn.Module, source, trust: bool = False) -> Loaded:
             new = new.to(old.dtype)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(new, old.requires_grad)
                     if isinstance(old, nn.Parameter) else new)
-        if "prototypes.weight" in mine:             # facebookresearch/swav's are not of unit norm
-            rows = wanted["prototypes.weight"][1].norm(dim=1)
-            if (rows - 1).abs().max() > 1e-3:
-                model.normalize_prototypes()
     return loaded._replace(unused=tuple(sorted(theirs - ours)), untouched=left)
 
 
@@ -464,7 +522,7 @@ def stages_of(tensors: dict[str, Tensor]) -> tuple[list[tuple[int, int, int]], b
     blocks = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"trunk_output\.block(\d+)\.block\d+-(\d+)\.f\.b\.0\.weight", name)
-        if match:
+        if match and tensor.dim() == 4:
             blocks.setdefault(int(match[1]), {})[int(match[2])] = tuple(tensor.shape)
     stages = [(stage[0][0], len(stage), stage[0][1]) for _, stage in sorted(blocks.items())
               if 0 in stage]
@@ -476,9 +534,9 @@ def arch_of(tensors: dict[str, Tensor]) -> tuple[str, str] | None:
     network. Raises ImportError where regnet.py is not there."""
     from regnet import ARCHS
     if "layer1.0.conv1.weight" in tensors:
-        plain = tensors["conv1.weight"].shape[0] == 64 and "layer3.5.conv3.weight" in tensors
-        plain = plain and "layer3.6.conv3.weight" not in tensors
-        return ("resnet50", "") if plain else None
+        width = tensors["layer1.0.conv1.weight"].shape[:1]
+        plain = "layer3.5.conv3.weight" in tensors and "layer3.6.conv3.weight" not in tensors
+        return ("resnet50", "") if plain and width == (64,) else None
     stages, squeeze = stages_of(tensors)
     for rounding in ("pycls", "torchvision"):
         for name, params in ARCHS.items():
@@ -536,9 +594,10 @@ def summary(loaded: Loaded) -> str:
              and not re.search(r"running_|num_batches", name)]
     linear = [t for name, t in tensors.items() if re.fullmatch(r"head\.\d+\.weight", name)
               and t.dim() == 2]
-    lines = [f"{loaded.path}: {describe(tensors)}, named as in {loaded.layout}",
-             f"trunk: {sum(t.numel() for t in trunk) / 1e6:,.1f} M parameters, "
-             f"{str(trunk[0].dtype).removeprefix('torch.')}"]
+    lines = [f"{loaded.path}: {describe(tensors)}, named as in {loaded.layout}"]
+    if trunk:
+        lines.append(f"trunk: {sum(t.numel() for t in trunk) / 1e6:,.1f} M parameters, "
+                     f"{str(trunk[0].dtype).removeprefix('torch.')}")
     if linear:
         norm = any(name.endswith("running_mean") for name in tensors if name.startswith("head."))
         lines.append("head: " + "-".join(str(n) for n in (
@@ -549,6 +608,8 @@ def summary(loaded: Loaded) -> str:
         lines.append(f"fc: {len(tensors['fc.weight']):,} classes")
     licences = {entry.licence for name, entry in OFFICIAL.items()
                 if loaded.path.name in (entry.url.rpartition("/")[2], f"{name}.torch")}
+    if not licences and len(tensors.get("prototypes.weight", ())) == 16000:
+        licences, lines = {"seer"}, [*lines, "16,000 prototypes are SEER's, most likely"]
     lines.append("licence: " + (", or ".join(LICENCES[licence] for licence in sorted(licences))
                                 or "that of where the file comes from; it does not say"))
     return "\n".join(lines)
@@ -560,27 +621,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", nargs="?", help="a file, a run's folder, or an official name; "
                                                   "none: the official files")
     parser.add_argument("--to", nargs=2, metavar=("LAYOUT", "OUT"),
-                        help=f"write OUT, named as in LAYOUT: {', '.join(list(BLOCKS)[:-1])}")
+                        help=f"write OUT, named as in LAYOUT: {', '.join(TARGETS)}")
     args = parser.parse_args(argv)
     if not args.source:
         for name, entry in OFFICIAL.items():
-            print(f"{name:<34} {entry.arch:<15} {entry.licence:<12} {entry.about}")
+            size = gigabytes(entry)
+            print(f"{name:<32} {entry.arch:<15} {'' if size is None else f'{size:.2f}+ GB':>9}  "
+                  f"{entry.licence:<12} {entry.about}\n    {entry.url}")
         return
     try:
         loaded = read(args.source)
         print(summary(loaded))
         if args.to:
-            layout, out = args.to
-            if layout not in BLOCKS:
-                raise ValueError(f"unknown layout {layout!r}; there is {', '.join(BLOCKS)}")
-            write(loaded.tensors, layout, Path(out))
-    except (ValueError, OSError) as error:
-        print(f"weights.py: error: {error}", file=sys.stderr)
+            write(loaded.tensors, args.to[0], Path(args.to[1]))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"weights.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 
 def write(tensors: dict[str, Tensor], layout: str, out: Path) -> None:
     state = from_ours(tensors, layout)
+    named = to_ours(state_dict_of(state))[0]
+    left = sorted({key.split(".")[0] for key in tensors} - {key.split(".")[0] for key in named})
+    if left:
+        print(f"left out, for {layout} has no names for them: {', '.join(left)}", file=sys.stderr)
     if out.suffix == ".safetensors":
         try:
             from safetensors.torch import save_file
@@ -590,8 +654,11 @@ def write(tensors: dict[str, Tensor], layout: str, out: Path) -> None:
             raise ValueError(f"{layout}'s files are nested, which safetensors cannot be")
         return save_file({key: tensor.contiguous() for key, tensor in state.items()}, out)
     aside = out.with_name(out.name + ".tmp")
-    torch.save(state, aside)
-    os.replace(aside, out)
+    try:
+        torch.save(state, aside)
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

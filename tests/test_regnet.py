@@ -202,8 +202,12 @@ def test_the_command_prints_the_published_networks():
 
 
 @pytest.mark.parametrize("argv, sentence", [
-    (["show", "27,641,2,1,3"], "breaks w_0 a multiple of 8, w_m > 1"),
+    (["show", "27,641,2,1,3"], "breaks w_0 a multiple of 8, w_m 1.001"),
     (["show", "regnety_257gf"], "neither a published network nor five numbers"),
+    (["show", "27,640,1e308,2.5,373"], "breaks widths below a million"),
+    (["show", "27,640,230.83,inf,373"], "breaks w_m 1.001 to 1000"),
+    (["show", "27,640,230.83,2.53,373,0,9"], "neither a published network nor five numbers"),
+    (["sample", "--count", "0"], "--count must be at least 1"),
     (["show", "1,2,3"], "neither a published network nor five numbers"),
     (["sample", "--flops", "-1"], "is none")])
 def test_what_is_outside_the_space_gets_a_sentence(argv, sentence):

@@ -1,7 +1,10 @@
 """weights.py: each library's layout against stored outputs, whole loads or none, files that lie."""
+import io
 import json
 import os
 import pickle
+import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from data.make_layouts import fill, images
+from ranks import run_ranks
 from test_alone import ROOT
 from test_images import write_pictures
 
@@ -213,6 +217,32 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_loaded(tmp_path):
         assert all(torch.equal(value, before[name]) for name, value in trunk.state_dict().items())
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_missing_or_misshapen_tensor_is_named(tmp_path, scheme):
+    """In every scheme, each kind of tensor in turn."""
+    good = read(put(tmp_path, TINY["regnet_y"][scheme]))
+    raw = weights.state_dict_of(TINY["regnet_y"][scheme])
+    kinds = [key for key in raw if "num_batches" not in key and not re.search(
+        "heads|fc|[234]-[1-9]|b[2-9]|s[234]", key)]
+    assert len(kinds) > 20
+    for key in kinds:
+        others = {k: v for k, v in raw.items() if k != key}
+        name = (set(good.tensors) - set(weights.to_ours(others)[0])).pop()
+        for state, sentence in ((others, f"missing: {name}"), (
+                raw | {key: torch.zeros(7)}, f"of another shape: {name} (7,)"), (
+                raw | {key: torch.zeros(raw[key].shape, dtype=torch.int8)}, f"of another type: {name}")):
+            with pytest.raises(ValueError) as error:
+                load_weights(tiny(), put(tmp_path, state))
+            assert sentence in str(error.value)
+
+
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path):
+    state = dict(TINY["regnet_y"]["torchvision"])
+    for twice in ("module.stem.0.weight", "stem.conv.weight"):
+        with pytest.raises(ValueError, match="twice|unexpected: stem.conv.weight"):
+            load_weights(tiny(), put(tmp_path, state | {twice: torch.zeros(32, 3, 3, 3)}))
+
+
 def test_num_batches_tracked_is_optional(tmp_path):
     state = {k: v for k, v in TINY["regnet_y"]["timm"].items() if "num_batches" not in k}
     load_weights(tiny(), put(tmp_path, state))
@@ -260,8 +290,9 @@ def test_objects_of_other_classes_are_refused_by_name_and_never_made(tmp_path, m
                | {"meters": [Meter(), Bomb()], "hooks": {"a": Meter}}}
     path = tmp_path / "vissl.torch"
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"test_weights.Meter|posix.system.*trust=True"):
+    with pytest.raises(ValueError, match="trust=True") as error:
         read(path)
+    assert "Meter" in str(error.value) and (not zipped or "posix.system" in str(error.value))
     model = tiny_swav()
     assert load_weights(model, path, trust=True).layout == "vissl"
     with torch.no_grad():
@@ -270,6 +301,56 @@ def test_objects_of_other_classes_are_refused_by_name_and_never_made(tmp_path, m
     assert not (tmp_path / "exploded").exists()
     torch.load(path, weights_only=False)                        # the bomb is a real one
     assert (tmp_path / "exploded").exists()
+
+
+def test_a_torchscript_program_is_not_run(tmp_path):
+    class Program(torch.nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    torch.jit.script(Program()).save(str(tmp_path / "program.pt"))
+    for trust in (False, True):
+        with pytest.raises(ValueError, match="TorchScript program, not a file of weights"):
+            read(tmp_path / "program.pt", trust)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pickle_cannot_change_torch(tmp_path):
+    """BUILD sets attributes of what it is given: it is never given torch's own functions."""
+    before = torch._utils._rebuild_tensor_v2.__defaults__
+    attack = (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}U\x0c__defaults__Nstb.")
+    path = tmp_path / "attack.pt"
+    torch.save({"a": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:whole.index(b"}q\x00X\x01") if b"}q\x00X\x01" in whole else 60] + attack)
+    with pytest.raises(ValueError):
+        read(path, trust=True)
+    assert torch._utils._rebuild_tensor_v2.__defaults__ is before
+    unpickler = weights._InertUnpickler(io.BytesIO(attack))
+    unpickler.load()
+    assert torch._utils._rebuild_tensor_v2.__defaults__ is before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damage_anywhere_gets_a_sentence(tmp_path):
+    whole = put(tmp_path, {f"stem.{i}.weight": torch.ones(3) for i in range(3)}).read_bytes()
+    rng, refused = random.Random(0), 0
+    path = tmp_path / "damaged.pt"
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        for trust in (False, True):
+            try:
+                read(path, trust)
+            except ValueError as error:
+                refused += 1
+                assert "damaged.pt" in str(error) and not (trust and "trust=True" in str(error))
+    assert refused > 50
+    torch.save({"stem.0.weight": torch.ones(1)}, path, pickle_protocol=4)
+    with pytest.raises(ValueError, match="is damaged, or no file of weights"):
+        read(path)
 
 
 def test_trust_makes_nothing_of_a_pickle_that_is_only_a_bomb(tmp_path, monkeypatch):
@@ -355,7 +436,7 @@ def test_the_arch_is_checked_before_a_download(hub):
         load_weights(RegNet(ARCHS["regnety_400mf"]), "seer_regnety_128gf")
     with pytest.raises(ValueError, match="is of regnety_800mf, as torchvision rounds"):
         load_weights(RegNet(ARCHS["regnety_800mf"]), "torchvision_regnety_800mf_v1")
-    with pytest.raises(ValueError, match="could not be downloaded from https.*put the file at"):
+    with pytest.raises(ValueError, match="https.*could not be downloaded: no network.*put the file at"):
         load_weights(RegNet(ARCHS["regnety_400mf"]), "torchvision_regnety_400mf_v2")
     with pytest.raises(ValueError, match="could not be downloaded"):
         read("https://example.org/model.pt")
@@ -388,8 +469,92 @@ def test_a_model_on_the_meta_device_takes_the_files_own_memory(tmp_path):
                                    rtol=1e-4, atol=1e-4)
     with torch.device("meta"):
         model = tiny_swav()
+    stored = TINY["regnet_y"]["vissl"]
+    heads = stored["classy_state_dict"]["base_model"]["model"]["heads"]
+    loaded = load_weights(model, put(tmp_path, stored, "vissl.pt"))
+    assert torch.equal(model.prototypes.weight, heads["0.prototypes0.weight"])
+    assert model.prototypes.weight.data_ptr() == loaded.tensors["prototypes.weight"].data_ptr()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()([TINY["regnet_y"]["input"]])[1],
+                                   TINY["regnet_y"]["scores"], rtol=1e-4, atol=1e-5)
+    with torch.device("meta"):
+        model = tiny_swav()
     with pytest.raises(ValueError, match="missing: the whole of head, the whole of prototypes"):
         load_weights(model, path)
+
+
+def test_a_file_is_mapped_not_read(tmp_path):
+    path = put(tmp_path, {"stem.0.weight": torch.ones(1 << 20), "stem.1.weight": torch.ones(1),
+                          "stem.1.bias": torch.ones(1)})
+    tensor = read(path).tensors["stem.0.weight"]
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux says what is mapped")
+    assert str(path) in maps.read_text() and tensor.sum() == 1 << 20
+
+
+def test_urls_that_end_alike_are_kept_apart(hub, monkeypatch):
+    networks = {f"https://example.org/{name}/model.pth?download=1": RegNet(ARCHS[name]).state_dict()
+                for name in ("regnety_200mf", "regnetx_200mf")}
+    asked = []
+
+    def download(url, path, digest=None):
+        asked.append(url)
+        torch.save(networks[url], path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        for url in networks:
+            loaded = read(url)
+            assert weights.describe(loaded.tensors) in url and loaded.path.suffix == ".pth"
+    assert asked == list(networks)
+
+    def broken(*_):
+        raise RuntimeError("invalid hash value")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
+    with pytest.raises(ValueError, match="invalid hash value"):
+        read(OFFICIAL["torchvision_regnety_400mf_v1"].url)
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "timm", "vissl"])
+def test_a_resnet_goes_out_and_comes_back(tmp_path, layout):
+    tensors = torchvision.models.resnet50().state_dict()
+    weights.write(tensors, layout, tmp_path / "out.pt")
+    assert ("fc.weight" in torch.load(tmp_path / "out.pt")) == (layout != "vissl")
+    back = read(tmp_path / "out.pt").tensors
+    assert set(back) == set(tensors) and all(torch.equal(tensors[k], v) for k, v in back.items())
+    with pytest.raises(ValueError, match="no names for a ResNet"):
+        weights.write(tensors, "pycls", tmp_path / "out.pt")
+
+
+def test_an_official_download_of_another_arch_is_not_begun(hub):
+    with pytest.raises(ValueError, match="seer_regnety_10b is of regnety_10b, not regnety_400mf"):
+        evaluate.load_trunk("seer_regnety_10b", "regnety_400mf")
+
+
+def test_a_config_of_another_library_beside_a_file_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["RegNetModel"]}')
+    assert evaluate.load_trunk(str(put(tmp_path, fill(OTHERS[-1]["shapes"]), "pytorch_model.bin")))[1] == {}
+
+
+def starts(rank, folder, source):
+    """What --init makes of a file on this rank: the sum of its stem, or the error."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    model = train.fresh_model(configure({"recipe": "demo", "arch": "regnety_200mf"}))
+    try:
+        train.start_from(f"{folder}/{source}", model, rank)
+    except ValueError as error:
+        return str(error)
+    return model.trunk.stem[0].weight.sum().item()
+
+
+def test_two_ranks_start_alike_or_fail_alike(tmp_path):
+    trunk = RegNet(ARCHS["regnety_200mf"])
+    put(tmp_path, trunk.state_dict(), "good.pt")
+    (tmp_path / "bad.pt").write_bytes(b"no")
+    assert run_ranks(starts, tmp_path, str(tmp_path), "good.pt") == [trunk.stem[0].weight.sum().item()] * 2
+    first, second = run_ranks(starts, tmp_path, str(tmp_path), "bad.pt")
+    assert first == second and "bad.pt is damaged" in first
 
 
 def test_the_command_says_what_a_file_is_and_converts_it(tmp_path, capsys):
@@ -401,8 +566,15 @@ def test_the_command_says_what_a_file_is_and_converts_it(tmp_path, capsys):
     assert set(torch.load(tmp_path / "timm.pt")) == {
         key for key in TINY["regnet_y"]["timm"] if not key.startswith("head.fc")}
     weights.main([])
-    assert capsys.readouterr().out.count("\n") == len(OFFICIAL)
-    for argv in ([str(tmp_path / "nowhere.pt")], [str(path), "--to", "keras", str(tmp_path / "x")]):
+    listing = capsys.readouterr().out
+    assert all(name in listing and entry.url in listing for name, entry in OFFICIAL.items())
+    assert "37.41+ GB" in listing
+    weights.main([str(put(tmp_path, {"head.0.weight": torch.ones(2, 2)}, "head.pt"))])
+    assert "trunk" not in capsys.readouterr().out
+    for argv in ([str(tmp_path / "nowhere.pt")], [str(tmp_path)], ["https://local host/x.pt"],
+                 [str(path), "--to", "keras", str(tmp_path / "x")],
+                 [str(path), "--to", "transformers_x", str(tmp_path / "x")],
+                 [str(path), "--to", "timm", str(tmp_path / "no" / "folder")]):
         with pytest.raises(SystemExit) as stop:
             weights.main(argv)
         assert stop.value.code == 2 and "weights.py: error:" in capsys.readouterr().err
