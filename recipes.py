@@ -85,6 +85,10 @@ class Config:
     seed: int = option(0, "of weights, order, crops and distortions", 0)
     log_every: int = option(20, "steps between lines of log.jsonl", 1)
     save_every: int = option(500, "steps between checkpoints", 1)
+    keep: int = option(2, "checkpoints that stay, the newest", 1)
+    keep_every: int = option(0, "steps between checkpoints that stay for good; 0: none", 0)
+    max_bad_steps: int = option(10, "steps in a row with a loss or gradient that is not finite, "
+                                "after which the run ends; each is skipped", 1)
 
     def peak_lr(self) -> float:
         return self.lr * self.batch_size / 256

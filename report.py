@@ -170,6 +170,7 @@ def curves(path: Path, runs: Sequence[str | Path]) -> None:
         try:
             config = json.loads((run / "config.json").read_text())["config"]
             log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+            log = [entry for entry in log if "loss" in entry]       # not that of a skipped step
             steps, loss, used = ([entry[key] for entry in log]
                                  for key in ("step", "loss", "prototypes_used"))
             levels[math.log(config["prototypes"])] = config["prototypes"]

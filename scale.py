@@ -16,6 +16,7 @@ precision, activation checkpointing and SyncBatchNorm in groups; arXiv 1604.0617
 Shapes: B pictures of this rank, b of a micro-batch, V crops, A assigned crops, D embedding,
 K prototypes. The assigned crops are the first two.
 """
+import warnings
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -109,8 +110,10 @@ def wrap(model: SwAV, device: torch.device, sync_bn_group: int = 0,
     if ranks == 1:
         return model
     # Running statistics are rank 0's, which is the one that saves: nothing is broadcast for them.
-    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
-                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():         # of an option whose successor torch 2.11 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
+                                       broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sync_group(wanted: int, ranks: int, device: torch.device) -> int:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 import bench
 import checkpoint
 import evaluate
+import guard
 import report
 import weights
 from demo import DemoImages
@@ -54,8 +55,8 @@ SHEET = 2048                # pictures from which the sheet of prototypes is dra
 MAX_BAD_SHARE = 0.1         # of the pictures read so far; above it the run ends
 REMEDY = "lower --lr, or use --precision fp32; the last good checkpoint was kept"
 # what may change between the parts of one run
-FREE = ("out", "device", "workers", "log_every", "save_every", "micro_batch",
-        "checkpoint_activations")
+FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "keep_every",
+        "max_bad_steps", "micro_batch", "checkpoint_activations")
 
 
 # ---------------------------------------------------------------------------------- one step
@@ -87,6 +88,10 @@ def swav_step(config: Config, step: int, model: SwAV, wrapped: torch.nn.Module,
 # ------------------------------------------------------------------------------------ the run
 class Stop(Exception):
     """The run cannot go on; the message says why, and what to try."""
+
+
+class Interrupted(Exception):
+    """A signal came; the run was saved."""
 
 
 def setup(config: Config, images) -> SimpleNamespace:
@@ -126,18 +131,27 @@ def setup(config: Config, images) -> SimpleNamespace:
     if state:
         checkpoint.load_run_state(state, model, optimizer, scaler, queue)
 
+    held, errors = None, []
     if rank == 0:
-        report.start(config, images, world, device, dtype, start)
-        out.mkdir(parents=True, exist_ok=True)
-        write_config(config, out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            held = guard.lock(out)
+            report.start(config, images, world, device, dtype, start)
+            write_config(config, out)
+        except (ValueError, OSError) as error:
+            errors = [str(error)]
+    if errors := gather_lists(errors):
+        raise ValueError(errors[0])
     return SimpleNamespace(
+        lock=held, batches=None, pending=(state or {}).get("pending", {
+            "bad": [], "bad_total": 0, "skipped": 0, "in_a_row": 0}),
         config=config, out=out, start=start, rank=rank, world=world, device=device, dtype=dtype,
         specs=specs, stream=stream, model=model, wrapped=wrapped,
         optimizer=optimizer, scaler=scaler, queue=queue)
 
 
-def train(run: SimpleNamespace) -> None:
-    """The loop. Raises Stop, and images.NoReadablePicture."""
+def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Writer) -> None:
+    """The loop. Raises Stop, Interrupted, and images.NoReadablePicture."""
     config, start, model, device, queue = run.config, run.start, run.model, run.device, run.queue
     optimizer, scaler, out, main = run.optimizer, run.scaler, run.out, run.rank == 0
     mean, std = parse_channels(config.mean), parse_channels(config.std)
@@ -150,12 +164,16 @@ def train(run: SimpleNamespace) -> None:
     loader = DataLoader(run.stream, batch_sampler=positions,
                         collate_fn=distort.collate if in_workers else collate,
                         num_workers=share_processors(config, device),
+                        worker_init_fn=guard.leave_signals_to_the_parent,
                         pin_memory=device.type == "cuda")
     log, watchdog = open_log(out / "log.jsonl", start) if main else None, report.Watchdog(config)
-    bad_pictures, bad_total, waited, logged, clock = [], 0, 0.0, start, time.perf_counter()
+    undo, pending = guard.Undo(model, queue), run.pending
+    bad_pictures, bad_total = (pending["bad"] if main else []), pending["bad_total"]
+    skipped, in_a_row = pending["skipped"], pending["in_a_row"]
+    waited, logged, clock = 0.0, start, time.perf_counter()
     steps = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step",
                  disable=not main or not sys.stderr.isatty())
-    batches = iter(loader)
+    batches = run.batches = iter(loader)
 
     for step in steps:
         # schedule
@@ -174,54 +192,84 @@ def train(run: SimpleNamespace) -> None:
             report.views(out / "views.png", distort(micro_batches[0]), run.specs, mean, std)
 
         # forward, codes, loss, backward
+        undo.remember()
         optimizer.zero_grad(set_to_none=run.world == 1)     # DDP's are its buckets: they stay
         loss, embeddings, scores = swav_step(
             config, step, model, run.wrapped, queue, micro_batches, dtype=run.dtype,
             scaler=scaler, prepare=distort)
-
-        # freeze, step, normalise
         if step < config.freeze_prototypes:
             model.freeze_prototypes()
-        scaler.step(optimizer)
-        scaler.update()
-        model.normalize_prototypes()
+
+        # is it sound, is there a signal? note: a sync point, and with several ranks a collective
+        whole = guard.sound(loss, embeddings, model, scaler.is_enabled())
+        origin = 0 if embeddings.isfinite().all() else run.world - run.rank
+        stop, bad_step, origin = guard.agree([signals.seen is not None, not whole, origin], device)
+
+        # step, normalise; or as if it had not been
+        done = step + 1
+        if bad_step:
+            undo.undo()
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            if in_a_row >= config.max_bad_steps:
+                where = f" on rank {run.world - int(origin)}" * (origin > 0)
+                raise Stop(f"{in_a_row} steps in a row, the last of them {done}, had a loss or "
+                           f"gradients that are not finite{where}: {REMEDY}")
+        else:
+            in_a_row = 0
+            scaler.step(optimizer)
+            scaler.update()
+            model.normalize_prototypes()
 
         # log
-        done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             # note: a sync point, and with several ranks a collective
             loss = mean_over_ranks(loss)
             bad_pictures = gather_lists(bad_pictures)
             bad_total += len(bad_pictures)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            seen = (done - start) * config.batch_size
-            if not math.isfinite(loss.item()):
-                raise Stop(f"the loss is {loss.item()}, not finite, at step {done}: {REMEDY}")
+            seen = done * config.batch_size
             if main:
-                entry = {"step": done, "images": done * config.batch_size, "loss": loss.item(),
-                         "lr": config.lr_at(step),
-                         **collapse_statistics(embeddings, scores, loss, config.temperature),
-                         "bad": bad_pictures, "waited": waited / seconds,
-                         "images_per_second": (done - logged) * config.batch_size / seconds}
+                entry = {"step": done, "images": seen, "lr": config.lr_at(step)}
+                if not bad_step:
+                    entry |= {"loss": loss.item(), **collapse_statistics(
+                        embeddings, scores, loss, config.temperature)}
+                entry |= {"bad": bad_pictures, "skipped": skipped, "waited": waited / seconds,
+                          "images_per_second": (done - logged) * config.batch_size / seconds,
+                          "memory_gb": bench.peak_memory(device) / 1e9}
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
-                report.progress(steps, entry, config)
-                watchdog.look(entry)
+                if writer.error:
+                    tqdm.write(f"warning: {writer.error}; the run goes on, and tries again")
+                if not bad_step:
+                    report.progress(steps, entry, config)
+                    watchdog.look(entry)
             if bad_total > MAX_BAD_SHARE * (seen + bad_total) and bad_total >= 10:
                 raise Stop(f"{bad_total} pictures in {seen} could not be read, more than "
                            f"{MAX_BAD_SHARE:.0%}; {out}/log.jsonl names them")
-            bad_pictures, waited, logged = [], 0.0, done
+            bad_pictures, skipped, waited, logged = [], 0, 0.0, done
 
         # save
-        if done % config.save_every == 0 or done == config.steps:
+        if done % config.save_every == 0 or done == config.steps or stop:
             norms = torch.stack(torch._foreach_norm(list(model.parameters())))
             if not norms.isfinite().all():      # the same on all ranks
                 raise Stop(f"the weights are not finite at step {done}: {REMEDY}")
             state = checkpoint.run_state(done, dataclasses.asdict(config), len(run.stream.images),
                                          model, optimizer, scaler, queue)
+            state["pending"] = {"bad": gather_lists(bad_pictures), "bad_total": bad_total,
+                                "skipped": skipped, "in_a_row": in_a_row}
             if main:
-                checkpoint.save(out / "trunk.pt", model.trunk.state_dict())
-                checkpoint.save(out / "checkpoint.pt", state)   # last: with it, the step counts
+                writer.save(state, model.trunk.state_dict())
+        if stop or done == config.steps:
+            break
+
+    writer.wait()
+    if writer.error:
+        raise Stop(f"{writer.error}; {out} holds the run as it was before")
+    if dist.is_initialized():
+        dist.barrier()              # the others wait for the file
+    if done < config.steps:
+        raise Interrupted(f"{signals.seen or 'a signal to another rank'} after step {done}: the "
+                          "run is saved, and the same command goes on")
 
 
 # -------------------------------------------------------------------------------- small print
@@ -247,14 +295,23 @@ def start_from(source: str, model: SwAV, rank: int) -> None:
 
 def resume(config: Config, num_images: int, out: Path) -> dict | None:
     """The state to go on from, or None. Raises ValueError where the folder holds another run."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
+    paths, state, faults = checkpoint.newest(out), None, []
+    if not paths:
         if (out / "trunk.pt").exists() and not (out / "config.json").exists():
             raise ValueError(f"{out} holds a trunk.pt of something else; choose another --out")
         return None
-    state = checkpoint.load(path)
+    for path in paths:
+        try:
+            state = checkpoint.load(path)
+            break
+        except ValueError as error:
+            faults.append(str(error))
+    if state is None:
+        raise ValueError("; ".join(faults))
     if not isinstance(state, dict) or state.get("version") != checkpoint.VERSION:
         raise ValueError(f"{path} is not a checkpoint of this program's version")
+    if faults and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{'; '.join(faults)}: going on from {path}", file=sys.stderr)
     if state["num_images"] != num_images and state["config"]["data"] == config.data:
         raise ValueError(f"{out} was trained on {state['num_images']} pictures and {config.data} "
                          f"now holds {num_images}; restore them or choose another --out")
@@ -406,9 +463,24 @@ def launch(config: Config, images, rank: int) -> SimpleNamespace:
         fail(error, rank)
     try:
         if run.start < run.config.steps:
-            train(run)
+            config = run.config
+            with guard.Signals() as signals, checkpoint.Writer(
+                    run.out, config.keep, config.keep_every, run.start or None) as writer:
+                train(run, signals, writer)
     except (Stop, NoReadablePicture) as error:
         fail(error, rank)
+    except Interrupted as error:
+        if rank == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(guard.INTERRUPTED)
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):       # it names the process
+            fail(error, rank)
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            fail(Stop(f"another rank is gone, or does not answer ({error})"), rank)
+        raise
+    finally:                        # or Python would wait for them, who leave signals to it
+        getattr(run.batches, "_shutdown_workers", lambda: None)()
     return run
 
 
