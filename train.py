@@ -202,7 +202,7 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
 
         # is it sound, is there a signal? note: a sync point, and with several ranks a collective
         whole = guard.sound(loss, embeddings, model, scaler.is_enabled())
-        origin = 0 if embeddings.isfinite().all() else run.world - run.rank
+        origin = 0 if whole or embeddings.isfinite().all() else run.world - run.rank
         stop, bad_step, origin = guard.agree([signals.seen is not None, not whole, origin], device)
 
         # step, normalise; or as if it had not been
