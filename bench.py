@@ -1,13 +1,11 @@
-"""Speed and memory: predicted (the plan), and measured side by side with the ordinary way.
+"""Speed and memory, measured side by side with the ordinary way.
 
-    python train.py --plan --arch regnety_256gf --gpus 8 --gpu-memory 80 --tflops 790
     python bench.py step --arch regnety_400mf --crops 2x96+4x64 --micro-batch 32
     python bench.py trunk --arch regnety_8gf --crops 1x128 --micro-batch 4    # and torchvision's
     python bench.py start              # from the command to the first step
     python bench.py sinkhorn           # against the textbook loop
-
-The plan counts on the meta device: no GPU, and no memory, is needed to learn what a network would
-take. Its multiply-adds are exact; what the step's peak comes to is predicted to some per cent.
+    python bench.py input              # pictures to crops, on one core
+    python bench.py order              # position to picture, among a billion
 
 Measured rows are ratios of medians taken in turn (ours, theirs, ours, theirs, ...), so a machine
 whose speed drifts slows both; each is called twice and the second call is timed, as in a loop that
@@ -17,8 +15,9 @@ Shapes: B pictures, V crops, D embedding, K prototypes.
 """
 import argparse
 import datetime
+import io
+import itertools
 import json
-import math
 import os
 import platform
 import random
@@ -27,267 +26,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable
 
-try:
-    import resource
-except ImportError:                      # Windows
-    resource = None
-
+import numpy
 import torch
 import torchvision
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import DataLoader
+from torchvision import transforms
 
+from images import Positions, Stream, collate, mix, permute
 from larc import LARC
-from multicrop import MultiCrop, Photometric, parse_crops
-from recipes import Config, configure, hyphens, parse_head, with_length
-from regnet import ARCHS, complexity
-from scale import (ASSIGNED, PRECISIONS, assigned_sizes, build_model, build_trunk, layout,
-                   pick_device, pick_precision, stages_of, swav_backward, sync_group, wrap)
+from multicrop import (IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Photometric, parse_crops,
+                       random_box)
+from plan import cost, memory, peak_memory, work
+from recipes import Config, configure, hyphens, parse_head
+from regnet import ARCHS
+from scale import (ASSIGNED, build_model, build_trunk, layout, pick_device, pick_precision,
+                   swav_backward, wrap)
 from sinkhorn import sinkhorn
 from swav import swav_codes
-
-ROOM = 0.9                   # of the memory that the plan fills; the rest: context, workspaces
-IMAGENET = 1_281_167         # pictures a plan in epochs counts with where there is no --data
-
-
-# ------------------------------------------------------------------------------------ the plan
-class Cost(NamedTuple):
-    """Of a network: parameters, and BatchNorm layers with their channels. Of one picture, over all
-    its crops: multiply-adds of a forward pass, and bytes of the trunk kept for the backward."""
-    trunk_params: int
-    params: int                          # of trunk, head and prototypes
-    norms: list[int]                     # channels of the trunk's BatchNorms: one pass a crop size
-    head_norms: list[int]                # of the head's: one pass for all sizes
-    trunk_flops: int
-    flops: int                           # of trunk, head and prototypes
-    assigned_flops: int                  # the same, of those sizes that hold assigned crops
-    activations: int                     # bytes, without checkpointing
-    inputs: int                          # bytes, with it: the inputs of blocks, and the stem
-    block: int                           # bytes, with it: the largest block, computed again
-
-
-def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
-    """Counted on the meta device: takes a second or two, and no memory, also for 10 billion."""
-    specs, arch = parse_crops(config.crops), config.arch
-    model = build_model(arch, parse_head(config.head), config.prototypes, config.head_bn,
-                        device="meta")
-    trunk_params, params = (sum(p.numel() for p in m.parameters()) for m in (model.trunk, model))
-    norms, head_norms = ([m.num_features for m in part.modules() if isinstance(m, _BatchNorm)]
-                         for part in (model.trunk, model.head))
-    linear = (model.prototypes, *(m for m in model.head if isinstance(m, nn.Linear)))
-    head_flops = sum(m.weight.numel() for m in linear)                   # of a crop
-    flops, kept = {}, {}
-    for spec in specs:
-        if arch in ARCHS:
-            flops[spec] = complexity(ARCHS[arch], spec.size, num_classes=0).flops
-        else:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model.trunk(torch.empty(2, 3, spec.size, spec.size, device="meta"))
-            flops[spec] = counter.get_total_flops() // 4         # of two crops; 2 a multiply-add
-        kept[spec] = kept_for_backward(model.trunk, spec.size, dtype)
-    total = sum(spec.count * flops[spec] for spec in specs)
-    views = sum(spec.count for spec in specs)
-    first = assigned_sizes([spec.count for spec in specs])
-    return Cost(
-        trunk_params, params, norms, head_norms, total, total + views * head_flops,
-        sum(spec.count * (flops[spec] + head_flops) for spec in specs[:first]),
-        *(sum(spec.count * kept[spec][i] for spec in specs) for i in (0, 1)),
-        max(spec.count * kept[spec][2] for spec in specs))
-
-
-def kept_for_backward(trunk: nn.Module, size: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes a crop: all that autograd saves; then, with checkpointing, what is kept throughout, and
-    the most that one block takes when it is computed again, with the gradient of its output."""
-    trunk = trunk.to(dtype)
-    owned = {t.untyped_storage()._cdata for t in (*trunk.parameters(), *trunk.buffers())}
-    kept, outside, inside, alive = {}, set(), {}, []
-    where = [outside]                    # last: the set of storages that is being filled
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in owned:
-            alive.append(tensor)         # or its address would be given to another one
-            kept[storage._cdata] = storage.nbytes()
-            where[-1].add(storage._cdata)
-        return tensor
-
-    def enter(block, inputs):
-        keep(*inputs)
-        where.append(set())
-
-    def leave(block, inputs, output):
-        mine = where.pop() - outside
-        inside[block] = sum(kept[storage] for storage in mine) + output.nbytes
-
-    hooks = [hook for _, stage in stages_of(trunk) for block in stage for hook in (
-        block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
-    crops = 2                            # BatchNorm wants more than one value of a channel
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trunk(torch.empty(crops, 3, size, size, dtype=dtype, device="meta"))
-    for hook in hooks:
-        hook.remove()
-    return (sum(kept.values()) // crops, sum(kept[storage] for storage in outside) // crops,
-            max(inside.values()) // crops)
-
-
-def memory(cost: Cost, config: Config, micro_batch: int, recompute: bool, ranks: int,
-           dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """Bytes at the peak of a step, by part."""
-    specs, head = parse_crops(config.crops), parse_head(config.head)
-    views, share = sum(spec.count for spec in specs), config.batch_size // ranks
-    pixels = sum(spec.count * 3 * spec.size ** 2 for spec in specs)
-    kept = cost.inputs + cost.block if recompute else cost.activations
-    codes = 2 * ASSIGNED * share * config.prototypes * 4      # scores of the whole share, and codes
-    # of the head in autocast; then in float32 scores, log p, and the gradients of both
-    loss = views * (2 * dtype.itemsize * sum(head) + 4 * 4 * config.prototypes)
-    cast = 0 if dtype == torch.float32 else dtype.itemsize * cost.params
-    if recompute:       # all are there when forward ends; in backward one block is instead of them
-        cast = max(cast - micro_batch * cost.block, 0)
-    return {
-        "weights, float32": 4 * cost.params,
-        "gradients = communication buffers": 4 * cost.params,         # DDP's buckets
-        "momentum": 4 * cost.params,
-        "weights cast for autocast": cast,
-        "activations of the trunk": micro_batch * kept,
-        "head, scores and loss": micro_batch * loss + codes,
-        "pictures, uint8 and float32": share * pixels + micro_batch * 4 * pixels,
-    }
-
-
-def largest_micro_batch(cost: Cost, config: Config, recompute: bool, ranks: int, limit: float,
-                        dtype: torch.dtype = torch.bfloat16) -> int:
-    """The largest part of a rank's share of the batch that fits into ROOM of limit; 0: none.
-    Raises ValueError where the share can only be cut into much less than that."""
-    share = config.batch_size // ranks
-    room = next((n for n in range(share, 0, -1) if ROOM * limit >= sum(
-        memory(cost, config, n, recompute, ranks, dtype).values())), 0)
-    fitting = next((n for n in range(room, 0, -1) if share % n == 0), 0)
-    if 8 * fitting < room:
-        good = 2 ** int(math.log2(room))
-        raise ValueError(f"--batch-size {config.batch_size} gives each process {share} pictures; "
-                         f"it has room for {room} at once, but no number from {fitting + 1} to "
-                         f"that divides them; take {math.ceil(share / good) * good * ranks}")
-    return fitting
-
-
-def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype) -> Config:
-    """A configuration with its open questions answered: micro_batch and checkpoint_activations.
-
-    Blocks are computed again only where fewer than 16 pictures would fit otherwise. limit: bytes a
-    rank has. Raises ValueError where not one picture fits.
-    """
-    if config.micro_batch and config.checkpoint_activations is not None:
-        return config
-    of = cost(config, dtype)
-    most = {again: largest_micro_batch(of, config, again, ranks, limit, dtype)
-            for again in (False, True)}
-    recompute = config.checkpoint_activations
-    if recompute is None:
-        wanted = config.micro_batch or min(16, config.batch_size // ranks)
-        recompute = most[False] < min(wanted, max(most[True], 1))
-    micro_batch = config.micro_batch or most[recompute]
-    if not micro_batch:
-        need = sum(memory(of, config, 1, recompute, ranks, dtype).values())
-        raise ValueError(f"{config.arch} needs {need / 1e9:.0f} GB on every device for one picture "
-                         f"at a time, and {ROOM:.0%} of {limit / 1e9:.0f} GB are there; a smaller "
-                         "--arch fits, or --micro-batch 1 tries all the same")
-    return replace(config, micro_batch=micro_batch, checkpoint_activations=recompute)
-
-
-def memory_of(device: torch.device) -> float:
-    """Bytes this rank may plan with: a GPU's; of a CPU's machine half, shared by its ranks."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    try:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):             # Windows does not say
-        whole = 16e9
-    return whole / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def traffic(cost: Cost, config: Config, micro_batch: int, recompute: bool, gpus: int) -> dict:
-    """Bytes each GPU sends in a step, by purpose; collectives in rings."""
-    counts = [spec.count for spec in parse_crops(config.crops)]
-    pieces, ring = config.batch_size // gpus // micro_batch, 2 * (gpus - 1) / gpus
-    group = sync_group(config.sync_bn_group, gpus, torch.device("cuda"))
-
-    def forward(norms):             # all-gather of means, deviations and a count
-        return 4 * sum(2 * channels + 1 for channels in norms) * (group - 1)
-
-    def backward(norms):            # all-reduce of two sums
-        return 4 * 2 * sum(norms) * 2 * (group - 1) / group
-
-    sizes, first = len(counts), assigned_sizes(counts) * (pieces > 1)
-    synchronised = pieces * (
-        (sizes * (1 + recompute) + first) * forward(cost.norms) + sizes * backward(cost.norms)
-        + (1 + (pieces > 1)) * forward(cost.head_norms) + backward(cost.head_norms))
-    return {"gradients": ring * 4 * cost.params, "SyncBatchNorm": synchronised,
-            "Sinkhorn": ring * 4 * ASSIGNED * config.prototypes * config.sinkhorn_iterations}
-
-
-def work(cost: Cost, recompute: bool = False, joint: bool = False) -> float:
-    """TFLOP a picture: 3 forward passes, one more of the trunk where blocks are computed again, and
-    one of the assigned crops where codes are made of several micro-batches."""
-    adds = 3 * cost.flops + recompute * cost.trunk_flops + joint * cost.assigned_flops
-    return 2 * adds / 1e12
-
-
-def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memory: float = 80.0,
-         tflops: float = 790.0, utilisation: float = 0.4) -> str:
-    """What a run takes, in words; gpu_memory in GB, tflops of one GPU in the run's precision.
-
-    Raises ValueError for a machine of nothing, and where a given --micro-batch does not divide.
-    """
-    if not all(0 < x < math.inf for x in (gpus, gpu_memory, tflops, utilisation)):
-        raise ValueError("--gpus, --gpu-memory, --tflops and --utilisation must be above 0")
-    config = with_length(config, num_images or IMAGENET)
-    dtype = PRECISIONS.get(config.precision, torch.bfloat16)
-    of = cost(config, dtype)
-    share, limit = config.batch_size // gpus, gpu_memory * 1e9
-    seen = config.steps * config.batch_size
-    shown = {}
-    for recompute in (False, True):
-        micro_batch = config.micro_batch or largest_micro_batch(of, config, recompute, gpus, limit,
-                                                                dtype)
-        parts = memory(of, config, micro_batch or 1, recompute, gpus, dtype)
-        column = {"GB, for micro-batches of": str(micro_batch or 1)}
-        column |= {name: f"{size / 1e9:.2f}" for name, size in parts.items()}
-        total = sum(parts.values()) / 1e9
-        column[f"sum, of at most {ROOM * gpu_memory:.0f}"] = f"{total:.2f}"
-        if total > ROOM * gpu_memory:
-            micro_batch = 0
-        pieces = share // micro_batch if micro_batch else 0
-        spent = work(of, recompute, pieces > 1)
-        rate = gpus * tflops * utilisation / spent
-        sent = traffic(of, config, micro_batch, recompute, gpus) if micro_batch else {}
-        column |= {
-            "batch = GPUs x micro-batches x pictures": f"{gpus} x {pieces} x {micro_batch}",
-            "TFLOP a picture, all passes": f"{spent:.3f}",
-            "pictures/s": f"{rate:,.0f}", "days": f"{seen / rate / 86400:,.1f}",
-        } if micro_batch else {"does not fit": "-"}
-        column |= {f"GB sent a step: {name}": f"{size / 1e9:.3f}" for name, size in sent.items()}
-        shown["per block" if recompute else "no checkpointing"] = column
-    names = list(dict.fromkeys(name for column in shown.values() for name in column))
-    lines = [f"{name:<42}" + "".join(f"{column.get(name, '-'):>18}" for column in shown.values())
-             for name in names]
-    million = 1e6
-    return "\n".join([
-        f"recipe {config.recipe}: {config.arch}, {of.params / million:,.1f} M parameters (trunk "
-        f"{of.trunk_params / million:,.1f} M), crops {config.crops}",
-        f"TFLOP a picture: {work(of):.3f}, {work(of, True):.3f} with blocks computed again",
-        f"{seen:,} pictures in {config.steps:,} steps of {config.batch_size:,}, on {gpus} GPUs of "
-        f"{gpu_memory:g} GB and {tflops:g} TFLOP/s, of which {utilisation:.0%} is reached "
-        "(assumed)",
-        "", " " * 42 + "".join(f"{name:>18}" for name in shown), *lines])
 
 
 # ------------------------------------------------------------------------------------ the step
@@ -311,16 +75,6 @@ class Clock:
 def wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         (torch.cuda if device.type == "cuda" else torch.mps).synchronize()
-
-
-def peak_memory(device: torch.device) -> float:
-    """Bytes, so far: of the allocator on a GPU; of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps" or resource is None:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def bf16_peak(device: torch.device) -> float:
@@ -599,6 +353,133 @@ def bench_sinkhorn(repeats: int) -> None:
     print(f"median ratio {statistics.median(ratios):.2f}")
 
 
+# --------------------------------------------------------------------------------------- input
+def jpeg(width: int, height: int, seed: int, quality: int = 93) -> bytes:
+    """A picture of clouds at all scales and some grain; 75 kB at 500 x 375."""
+    rng, total = numpy.random.default_rng(seed), 0.0
+    for octave in range(2, 8):
+        small = rng.random((height // 2 ** octave + 2, width // 2 ** octave + 2, 3)) * 255
+        cloud = Image.fromarray(small.astype(numpy.uint8)).resize((width, height), Image.BICUBIC)
+        total = total + numpy.asarray(cloud, numpy.float32) * 2 ** (octave / 2)
+    total = (total - total.min()) * (255 / (total.max() - total.min()))
+    grainy = total + rng.standard_normal(total.shape, numpy.float32) * 8
+    buffer = io.BytesIO()
+    Image.fromarray(grainy.clip(0, 255).astype(numpy.uint8)).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def ordinary_crops(specs) -> Callable:
+    """As it is usually written: torchvision's transforms on a PIL picture, once for each crop."""
+    def blur(image):
+        if random.random() < 0.5:
+            return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        return image
+
+    views = [transforms.Compose([
+        transforms.RandomResizedCrop(spec.size, spec.scale), transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
+        transforms.RandomGrayscale(0.2), blur, transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]) for spec in specs
+        for _ in range(spec.count)]
+
+    def crops(data: bytes) -> list[Tensor]:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        return [view(image) for view in views]
+
+    return crops
+
+
+class Encoded:
+    """Encoded pictures, over and over: a dataset, as images.py's are."""
+
+    def __init__(self, pictures: list[bytes]):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return 10 ** 6
+
+    def name(self, i: int) -> str:
+        return str(i)
+
+    def __getitem__(self, i: int) -> bytes:
+        return self.pictures[i % len(self.pictures)]
+
+
+def bench_input(crops: str, repeats: int) -> dict:
+    """Milliseconds a picture on one core: (a) decoding alone, for large pictures also at the scale
+    that is chosen; (b) what a worker does; (c) the ordinary way; (d) worker and distortion."""
+    torch.set_num_threads(1)
+    specs = parse_crops(crops)
+    worker, photometric, seeds = MultiCrop(specs), Photometric(), itertools.count()
+    result = {"crops": crops, "repeats": repeats}
+    print(f"{crops}, one core, ms a picture, median of {repeats} in turn")
+    for width, height, count in ((500, 375, 32), (4000, 3000, 4)):
+        pictures = [jpeg(width, height, seed) for seed in range(count)]
+        scales = []
+
+        def decoding(data, shrink=1):
+            image = Image.open(io.BytesIO(data))
+            if shrink > 1:
+                image.draft(None, (width // shrink, height // shrink))
+            image.load()
+
+        def chosen(data):           # the scales that the worker chooses, in turn
+            rng = random.Random(next(seeds))
+            boxes = [[random_box(width, height, spec.scale, rng) for _ in range(spec.count)]
+                     for spec in specs]
+            scales.append(worker.shrink(boxes))
+            decoding(data, scales[-1])
+
+        def both(data):
+            return [photometric(x, p) for x, p in zip(*worker(data, next(seeds)))]
+
+        ways = {"(a) decoding": decoding, "(a') at the chosen scale": chosen,
+                "(b) worker": lambda data: worker(data, next(seeds)),
+                "(c) ordinary": ordinary_crops(specs), "(d) worker, distortion": both}
+        ms = in_turn({name: partial(lambda way: [way(data) for data in pictures], way)
+                      for name, way in ways.items()}, repeats)
+        ms = {name: time / count for name, time in ms.items()}
+        size = sum(map(len, pictures)) / count / 1e3
+        print(f"\n{width} x {height}, {size:.0f} kB, scales chosen "
+              f"{dict(sorted(Counter(scales).items()))}")
+        for name, time_ in ms.items():
+            print(f"{name:<26}{time_:>9.2f}")
+        ratios = {"c / b": ms["(c) ordinary"] / ms["(b) worker"],
+                  "c / d": ms["(c) ordinary"] / ms["(d) worker, distortion"],
+                  "b / a": ms["(b) worker"] / ms["(a) decoding"],
+                  "b / a'": ms["(b) worker"] / ms["(a') at the chosen scale"]}
+        print("   ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+        result[f"{width}x{height}"] = ms | ratios
+
+    pictures = [jpeg(500, 375, seed) for seed in range(32)]
+    stream = Stream(Encoded(pictures), worker, seed=0)
+    per_picture = []
+    for _ in range(repeats):
+        loader = iter(DataLoader(stream, batch_sampler=Positions(0, 40, 32), collate_fn=collate,
+                                 num_workers=1))
+        for _ in range(4):          # those that were made while nobody looked
+            next(loader)
+        start = time.perf_counter()
+        read = sum(1 for _ in loader)
+        per_picture.append((time.perf_counter() - start) / read / 32 * 1e3)
+    result["loader"] = statistics.median(per_picture)
+    alone = in_turn({"": lambda: [stream[p] for p in range(64)]}, repeats)[""] / 64
+    result["loader / stream"] = result["loader"] / alone
+    print(f"\nthe whole loader, one worker process: {result['loader']:.2f} ms a picture, "
+          f"{result['loader / stream']:.2f} times the stream alone ({alone:.2f})")
+    return result
+
+
+def bench_order(repeats: int) -> dict:
+    """Microseconds from a position to its picture, and, of shards, to its place in them."""
+    count = 1_000_000_000
+    positions = [mix(i) % count for i in range(10_000)]
+    ms = in_turn({"order": lambda: [permute(p, count, 7) for p in positions]}, repeats)
+    us = ms["order"] / len(positions) * 1e3
+    print(f"{us:.2f} microseconds a position, of {count:,}; median of {repeats}")
+    return {"pictures": count, "microseconds": us, "repeats": repeats}
+
+
 # -------------------------------------------------------------------------------- small print
 def read_results(path: Path) -> list:
     """Raises ValueError for a file that is no list of results."""
@@ -631,9 +512,9 @@ def write_results(path: Path, results: list, what: str, result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure speed beside the ordinary way.")
-    parser.add_argument("what", choices=["step", "trunk", "start", "sinkhorn"])
+    parser.add_argument("what", choices=["step", "trunk", "start", "sinkhorn", "input", "order"])
     parser.add_argument("--arch", default="regnety_400mf", help="of step, trunk and start")
-    parser.add_argument("--crops", default="2x160+4x96", help="of step; of trunk the first size")
+    parser.add_argument("--crops", default="2x160+4x96", help="of step and input; of trunk the first size")
     parser.add_argument("--micro-batch", type=int, default=16, help="pictures of step and trunk")
     parser.add_argument("--checkpoint-activations", action="store_true", help="in step")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
@@ -650,6 +531,10 @@ def main(argv: list[str] | None = None) -> None:
         results = read_results(out)
         if args.what == "start":
             result = bench_start(args.arch)
+        elif args.what == "input":
+            result = bench_input(args.crops, args.repeats or 5)
+        elif args.what == "order":
+            result = bench_order(args.repeats or 5)
         else:
             device, repeats = pick_device(args.device), args.repeats or 5
             dtype = pick_precision(args.precision, device)

@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -33,11 +34,13 @@ from tqdm import tqdm
 
 import weights
 from demo import DemoImages
-from images import open_images
-from multicrop import IMAGENET_MEAN, IMAGENET_STD, decode, parse_crops
+from images import open_images, permute
+from multicrop import (IMAGENET_MEAN, IMAGENET_STD, NEUTRAL, MultiCrop, Photometric, decode,
+                       parse_crops)
 from recipes import parse_channels
 from scale import TRUNKS, build_trunk
 
+PROBED = 1024                            # pictures, at most, that a run is measured on
 WEIGHT_DECAYS = [10.0 ** exponent for exponent in range(0, -7, -1)]      # of the linear probe
 
 
@@ -215,6 +218,58 @@ def accuracy(protocol: str, train: Labelled, val: Labelled, k: int = 20,
         predicted, decay = linear_probe(*train, val.features)
         settings = {"weight_decay": decay}
     return per_cent(predicted, val.labels), settings
+
+
+class Probe:
+    """What a trunk knows, in one number, while it trains. The pictures are decoded once.
+
+    images: in class folders: {"knn": per cent of their second half that the votes of the first half
+    class aright}; else {"retrieved": per cent of the pictures of which one distorted view is nearest
+    to the other one, among the other views of all}.
+    views: what cuts and distorts them, a MultiCrop of two crops of one size.
+    photometric: on the device of the trunk.  dtype: of autocast.
+    Raises ValueError where fewer than two pictures can be read.
+    """
+
+    def __init__(self, images, views: MultiCrop, photometric: Photometric, dtype=torch.float32):
+        self.photometric, self.dtype = photometric, dtype
+        centred = Centred(images, views.specs[0].size)
+        labelled = images.labels is not None and len(images.classes) > 1
+
+        def look(i: int):
+            if labelled:
+                picture, ok = centred[i]
+                return (picture[None], torch.tensor([NEUTRAL]), int(images.labels[i])) if ok else None
+            try:
+                (crops,), (params,) = views(images[i], seed=i)
+                return crops, params, -1
+            except Exception as error:           # decoders raise nearly anything on damaged files
+                print(f"left out {images.name(i)}: {error}", file=sys.stderr)
+
+        some = [permute(i, len(images), 0) for i in range(min(PROBED, len(images)))]
+        with ThreadPoolExecutor() as pool:
+            seen = [one for one in pool.map(look, some) if one]
+        if len(seen) < 2:
+            raise ValueError("a probe needs at least two pictures that can be read")
+        crops, params, labels = zip(*seen)
+        self.crops, self.params = torch.cat(crops), torch.cat(params)    # (N or 2N, 3, s, s)
+        self.labels = torch.tensor(labels) if labelled else None
+
+    @torch.no_grad()
+    def __call__(self, trunk: nn.Module) -> dict[str, float]:
+        training, device, features = trunk.training, self.photometric.mean.device, []
+        trunk.eval()
+        for crops, params in zip(self.crops.split(64), self.params.split(64)):
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                features.append(trunk(self.photometric(crops.to(device), params)).float().cpu())
+        trunk.train(training)
+        features = torch.cat(features)
+        if self.labels is not None:
+            half = len(features) // 2
+            predicted = knn(features[:half], self.labels[:half], features[half:])
+            return {"knn": per_cent(predicted, self.labels[half:])}
+        one, other = F.normalize(features, dim=1).unflatten(0, (-1, 2)).unbind(1)        # (N, C)
+        return {"retrieved": per_cent((one @ other.t()).argmax(1), torch.arange(len(one)))}
 
 
 def open_splits(data: str):

@@ -1,4 +1,4 @@
-"""Guard: a bad step leaves no trace, a signal ends a run between two steps, a folder has one run.
+"""Guard: a bad step leaves no trace, a signal ends a run between two steps, a restart finds no ghosts.
 
     with Signals() as signals:
         for step in steps:
@@ -10,19 +10,16 @@
 
 All of it is the same on every rank: what one has seen, `agree` tells the others.
 """
+import datetime
 import os
 import signal
 import threading
-from pathlib import Path
+import time
+import uuid
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-try:
-    import fcntl
-except ImportError:                      # Windows
-    fcntl = None
 
 INTERRUPTED = 75            # exit status of a run that a signal has ended (sysexits: try again)
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -105,17 +102,29 @@ def agree(values: list[float], device) -> list[float]:
     return largest.tolist()
 
 
-def lock(folder: Path):
-    """Keep a second run out of a folder, as long as the returned file is open; a crash opens it.
-    Raises ValueError where another process has it."""
-    file = open(folder / ".lock", "w")
-    if fcntl:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # not inherited by workers
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise ValueError(f"another run is at work in {folder}; wait for it, or choose another "
-                             "--out") from None
-        except OSError:                 # some network file systems know no locks
-            pass
-    return file
+def join(backend: str, timeout: datetime.timedelta) -> None:
+    """The process group of torchrun's ranks; one that waits longer for the others gives up.
+
+    Its store goes by a name that the processes of this start alone share, for torchrun keeps one store
+    over its restarts, and in it the addresses of ranks that have died: new ones that looked them up
+    hung, or failed, in every second restart (gloo, torch 2.14). So rank 0 makes up a name, and the
+    others believe it only beside a word of their own, which nobody could have known before.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    words = [f"word/{other}" for other in range(world)]
+    store.set(words[rank], mine)
+    name, met = None, False
+    while not met:
+        if time.monotonic() > deadline:
+            raise ValueError(f"not all of the {world} ranks have come within {timeout}")
+        if rank == 0:
+            name = mine
+            store.set("names", b" ".join(store.multi_get(words)))
+            met = world == 1 or store.check([f"{name}/{other}" for other in range(1, world)])
+        elif mine in (names := store.get("names").decode().split()):
+            name, met = names[0], True
+            store.set(f"{name}/{rank}", "here")
+        time.sleep(0 if met else 0.05)
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank,
+                            world_size=world, timeout=timeout)

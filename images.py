@@ -4,6 +4,8 @@
     stream = Stream(images, MultiCrop(parse_crops("2x64+4x32")), seed=0)
     crops, params, bad = stream[10_000_000]            # whatever stands at that position
 
+    python images.py pack photos/ shards/ --shard-size 1G          # into tar files, see shards.py
+
 The input of a run is a pure function: the picture at position p of the endless stream, and what is
 cut from it, depend on (seed, p) alone, not on workers, ranks, or what came before. Positions e*N to
 (e+1)*N are epoch e, a permutation of all N pictures computed on the spot (a keyed Feistel network
@@ -11,72 +13,104 @@ with cycle-walking; Black & Rogaway 2002), so nothing of length N is ever shuffl
 run is a number. A picture that cannot be read is replaced by another one, also a pure function,
 and reported. No labels are read in training: `labels` serve to measure afterwards.
 """
+import argparse
+import functools
+import glob
 import os
-from pathlib import Path
+import re
+import sys
+from array import array
 from typing import Callable, Iterator, NamedTuple
 
 import numpy
 import torch
 from torch.utils.data import Dataset, Sampler
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
-            ".pgm", ".jp2", ".avif")
+from shards import SUFFIXES, is_picture, open_shards, pack
+
 MAX_TRIES = 64                       # pictures tried for one position before giving up
 
 
-def open_images(spec: str | os.PathLike) -> "Files":
-    """A folder of any depth -> dataset: len(), [i] -> bytes, .name(i), .labels, .classes.
+def open_images(spec: str | os.PathLike):
+    """A folder of any depth; a text file of paths, one a line; or tar files, "shards/*.tar" or
+    "shards/{000000..000999}.tar" -> dataset: len(), [i] -> bytes, .name(i), .labels, .classes.
 
-    Raises ValueError where there is no such folder, or no file in it with a picture's suffix.
+    Paths of a list are relative to its folder; it is read as UTF-8 or whatever bytes the file
+    system has. Raises ValueError where there is no such thing, or no picture in it.
     """
-    root = Path(spec)
-    if not root.is_dir():
-        raise ValueError(f"no such folder of pictures: {spec}")
-    names = []
+    spec = os.fspath(spec)
+    if os.path.isdir(spec):
+        return Files(spec, walk(spec), f"no pictures in {spec}: looked at all depths for "
+                                       f"{', '.join(SUFFIXES)}")
+    if spec.endswith(".tar") or not os.path.exists(spec) and (glob.has_magic(spec) or "{" in spec):
+        return open_shards(spec)
+    if os.path.isfile(spec):
+        with open(spec, "rb") as file:
+            lines = (line.strip(b"\r\n") for line in file)
+            return Files(os.path.dirname(spec), filter(None, lines), f"no paths in {spec}")
+    raise ValueError(f"no such folder, list or shards of pictures: {spec}")
+
+
+def walk(root: str) -> Iterator[bytes]:
+    """The pictures below a folder, by their relative names, in a fixed order."""
     seen = set()                     # real folders, so that links cannot lead in circles
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in seen:
+    for folder, subfolders, files in os.walk(os.fsencode(root), followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
             subfolders.clear()
             continue
-        seen.add(os.path.realpath(folder))
+        seen.add(real)
         subfolders.sort()
-        names += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(files)
-                  if name.lower().endswith(SUFFIXES) and not name.startswith("._")]   # macOS's
-    if not names:
-        raise ValueError(f"no pictures in {spec}: looked at all depths for {', '.join(SUFFIXES)}")
-    return Files(root, names)
+        files.sort()
+        below = os.path.relpath(folder, os.fsencode(root))
+        yield from (os.path.normpath(os.path.join(below, name)) for name in files
+                    if is_picture(os.fsdecode(name)))
 
 
 class Files:
-    """Pictures that are files below a folder, by their relative names.
+    """Pictures that are files, by their names, absolute or below a folder.
 
-    labels: the number of each picture's top folder among the sorted .classes; None where pictures
-    lie directly in the root. Names are kept as one byte string: 10 million cost no Python objects,
-    and worker processes share them.
+    names: as bytes; they are kept as one tensor, which worker processes share, forked or spawned:
+    10 million cost no Python objects.  empty: what is said where there are none.
     """
 
-    def __init__(self, root: Path, names: list[str]):
-        self.root = os.fspath(root)
-        encoded = [os.fsencode(name) for name in names]
-        self._ends = numpy.cumsum([len(name) for name in encoded])
-        self._bytes = numpy.frombuffer(b"".join(encoded), numpy.uint8)
-        tops = [name.split(os.sep, 1)[0] if os.sep in name else None for name in names]
-        self.classes, self.labels = [], None
-        if None not in tops:
-            self.classes = sorted(set(tops))
-            number = {name: i for i, name in enumerate(self.classes)}
-            self.labels = numpy.array([number[top] for top in tops])
+    def __init__(self, root: str, names: Iterator[bytes], empty: str):
+        self.root, joined, ends = root, bytearray(), array("q")
+        for name in names:
+            joined += name
+            ends.append(len(joined))
+        if not ends:
+            raise ValueError(empty)
+        self._names = torch.frombuffer(joined, dtype=torch.uint8)
+        self._ends = torch.frombuffer(ends, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def name(self, i: int) -> str:
-        start = self._ends[i - 1] if i else 0
-        return os.fsdecode(self._bytes[start:self._ends[i]].tobytes())
+        start = int(self._ends[i - 1]) if i else 0
+        return os.fsdecode(self._names[start:int(self._ends[i])].numpy().tobytes())
 
     def __getitem__(self, i: int) -> bytes:
         with open(os.path.join(self.root, self.name(i)), "rb") as file:
             return file.read()
+
+    @functools.cached_property
+    def _top_folders(self) -> list[str]:
+        """Of each picture; empty where one lies directly in the root."""
+        tops = [self.name(i).partition(os.sep) for i in range(len(self))]
+        return [top for top, _, _ in tops] if all(below for *_, below in tops) else []
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the top folders, sorted; none where pictures lie directly in the root."""
+        return sorted(set(self._top_folders))
+
+    @property
+    def labels(self) -> numpy.ndarray | None:
+        """The number of each picture's class, or None."""
+        number = {name: i for i, name in enumerate(self.classes)}
+        return numpy.array([number[top] for top in self._top_folders]) if number else None
 
 
 def mix(*values: int) -> int:
@@ -136,6 +170,26 @@ def survey(images, decode: Callable, sample: int = 128) -> Survey:
                   tuple(mean.tolist()), tuple(std.tolist()))
 
 
+class Fault(NamedTuple):
+    """A picture that had to be replaced. cause: a few words, to be counted."""
+    name: str
+    cause: str
+    detail: str
+
+
+def fault_of(error: Exception, name: str) -> Fault:
+    """cause: what the error itself calls it, else what the operating system said."""
+    cause, detail = getattr(error, "cause", None), str(error)
+    if cause:
+        detail = detail.removeprefix(f"{cause}: ")
+    else:
+        cause = ("vanished" if isinstance(error, FileNotFoundError) else
+                 "unreadable" if isinstance(error, OSError) else "damaged")
+        detail = f"{type(error).__name__}: {detail}"
+    return Fault(*(text.encode(errors="backslashreplace").decode()          # printable
+                   for text in (name, cause, detail)))
+
+
 class NoReadablePicture(ValueError):
     """MAX_TRIES pictures in a row could not be read."""
 
@@ -145,7 +199,7 @@ class Stream(Dataset):
 
     images: len() and [i] -> bytes, .name(i).
     transform(bytes, seed, position) -> (crops, params), as a MultiCrop does.
-    stream[position] -> (crops, params, bad), bad the names and faults of the pictures replaced.
+    stream[position] -> (crops, params, bad), bad a Fault for each picture replaced.
     Raises NoReadablePicture when MAX_TRIES pictures in a row cannot be read.
     """
 
@@ -168,10 +222,9 @@ class Stream(Dataset):
                 seed = mix(self.seed, position, attempt, 1)
                 return *self.transform(self.images[index], seed, position), bad
             except Exception as error:       # decoders raise nearly anything on damaged files
-                fault = f"{self.images.name(index)}: {type(error).__name__}: {error}"
-                bad.append(fault.encode(errors="backslashreplace").decode())    # printable
+                bad.append(fault_of(error, self.images.name(index)))
         raise NoReadablePicture(f"no readable picture: {MAX_TRIES} in a row failed, the last one "
-                                f"{bad[-1]}")
+                                f"{bad[-1].name}: {bad[-1].detail}")
 
 
 class Positions(Sampler):
@@ -197,7 +250,7 @@ class Positions(Sampler):
                 yield range(start, start + self.piece)
 
 
-def collate(samples: list) -> tuple[list[torch.Tensor], list[torch.Tensor], list[str]]:
+def collate(samples: list) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Fault]]:
     """Samples of B pictures -> per crop size (count*B, ...), crop-major; and all that was bad."""
     crops, params, bad = zip(*samples)
 
@@ -205,3 +258,30 @@ def collate(samples: list) -> tuple[list[torch.Tensor], list[torch.Tensor], list
         return [torch.stack(same_size, 1).flatten(0, 1) for same_size in zip(*pictures)]
 
     return join(crops), join(params), [fault for faults in bad for fault in faults]
+
+
+def parse_size(text: str) -> int:
+    """"1G", "500M", "64k" or a number -> bytes, in powers of 1000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]?)B?", text)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, as in 500M or 1G")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Pack pictures into tar files.")
+    parser.add_argument("what", choices=["pack"])
+    parser.add_argument("source", help="folder, list of paths, or shards")
+    parser.add_argument("out", help="folder for 000000.tar, 000001.tar, ...")
+    parser.add_argument("--shard-size", type=parse_size, default="1G", help="bytes, as in 500M; 1G")
+    args = parser.parse_args(argv)
+    try:
+        paths = pack(open_images(args.source), args.out, args.shard_size)
+    except (ValueError, OSError) as error:
+        print(f"images.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"--data '{args.out}/{{000000..{len(paths) - 1:06d}}}.tar'")
+
+
+if __name__ == "__main__":
+    main()

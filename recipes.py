@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from demo import DemoImages
 from images import Survey, survey
-from multicrop import decode, parse_crops
+from multicrop import MAX_PIXELS, decode, parse_crops
 from regnet import ARCHS
 from scale import TRUNKS
 
@@ -31,7 +31,10 @@ def option(default, help: str, low=None, high=math.inf, choices=None):
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run. The defaults are SEER's (VISSL's configuration files)."""
-    data: str = option("", "folder of pictures, any depth; none: the built-in demo pictures")
+    data: str = option("", "pictures: a folder of any depth, a text file of paths, or tar files "
+                       "('shards/{000000..000999}.tar', 'shards/*.tar'); none: the demo pictures")
+    max_pixels: int = option(MAX_PIXELS, "of a picture; larger ones are replaced (PIL refuses "
+                             "twice this default)", 1, 2 * MAX_PIXELS)
     out: str = option("", "folder of the run; none: runs/RECIPE-ARCH")
     init: str = option("", "weights to start from: a file or an official name (python weights.py "
                        "lists them); none: random ones")
@@ -84,6 +87,10 @@ class Config:
                           -1)
     seed: int = option(0, "of weights, order, crops and distortions", 0)
     log_every: int = option(20, "steps between lines of log.jsonl", 1)
+    probe: str = option("", "folder of pictures to measure the trunk with while it trains: kNN where "
+                        "they are in class folders, else how often two distortions of a picture "
+                        "find each other")
+    probe_every: int = option(0, "steps between these; 0: a twentieth of the run", 0)
     save_every: int = option(500, "steps between checkpoints", 1)
     keep: int = option(2, "checkpoints that stay, the newest", 1)
     keep_every: int = option(0, "steps between checkpoints that stay for good; 0: none", 0)

@@ -26,6 +26,7 @@ from scale import sync_group
 from swav import symptoms
 
 ASK = "pip install matplotlib to have the loss drawn"
+PROBES = ("knn", "retrieved")           # what evaluate.Probe measures, per cent
 
 
 # --------------------------------------------------------------------------------------- words
@@ -58,10 +59,11 @@ def progress(steps: tqdm, entry: dict, config: Config) -> None:
     text = (f"loss {entry['loss']:.3f} ({entry['loss_over_ln_k']:.2f} ln K)  prototypes "
             f"{entry['prototypes_used']:.0%}  rank {entry['effective_rank']:.0f}  "
             f"{entry['images_per_second']:.0f} img/s")
+    text += "".join(f"  {name} {entry[name]:.1f} %" for name in PROBES if name in entry)
     if entry["waited"] > 0.3:
         text += f"  input-bound {entry['waited']:.0%}: more --workers help"
     for fault in entry["bad"][:3]:
-        tqdm.write(f"replaced a picture: {fault}")
+        tqdm.write(f"replaced {fault['name']}: {fault['cause']}: {fault['detail']}")
     if len(entry["bad"]) > 3:
         tqdm.write(f"and {len(entry['bad']) - 3} more, named in log.jsonl")
     if steps.disable:
@@ -69,6 +71,24 @@ def progress(steps: tqdm, entry: dict, config: Config) -> None:
         print(f"step {entry['step']}/{config.steps}  {text}  {left / 60:.1f} min left", flush=True)
     else:
         steps.set_postfix_str(text)
+
+
+def board(out: Path, start: int):
+    """Where TensorBoard is installed, its writer for the steps after `start`; else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out), purge_step=start + 1)
+
+
+def scalars(board, entry: dict) -> None:
+    """A log entry's numbers, for TensorBoard."""
+    if board:
+        for name, value in entry.items():
+            if isinstance(value, int | float):
+                board.add_scalar(name, value, entry["step"])
+        board.flush()
 
 
 class Watchdog:
@@ -155,7 +175,7 @@ def prototypes(path: Path, scores: Tensor, pictures: Tensor, nearest: int = 8, m
 
 
 def curves(path: Path, runs: Sequence[str | Path]) -> None:
-    """Loss over steps, with ln K as a line, and under it the prototypes in use.
+    """Loss over steps, with ln K as a line; under it the prototypes in use, and what --probe found.
 
     Raises ValueError for a folder without a log, ImportError where there is no matplotlib.
     """
@@ -163,26 +183,35 @@ def curves(path: Path, runs: Sequence[str | Path]) -> None:
         from matplotlib.figure import Figure        # no pyplot: no window, no global state
     except ImportError:
         raise ImportError(ASK) from None
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    levels = {}
+    levels, lines = {}, []
     for run in map(Path, runs):
         try:
             config = json.loads((run / "config.json").read_text())["config"]
             log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
             log = [entry for entry in log if "loss" in entry]       # not that of a skipped step
-            steps, loss, used = ([entry[key] for entry in log]
-                                 for key in ("step", "loss", "prototypes_used"))
+            lines.append((run.name, log, *([entry[key] for entry in log]
+                                           for key in ("step", "loss", "prototypes_used"))))
             levels[math.log(config["prototypes"])] = config["prototypes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{run} is not the folder of a run: {error}") from None
-        line, = top.plot(steps, loss, label=run.name)
-        bottom.plot(steps, used, color=line.get_color())
+    probed = any(name in entry for _, log, *_ in lines for entry in log for name in PROBES)
+    figure = Figure(figsize=(7, 6 + 1.5 * probed), layout="constrained")
+    top, *below = figure.subplots(2 + probed, 1, sharex=True, height_ratios=(3, 1, 1)[:2 + probed])
+    for name, log, steps, loss, used in lines:
+        line, = top.plot(steps, loss, label=name)
+        below[0].plot(steps, used, color=line.get_color())
+        for what in PROBES:
+            points = [(entry["step"], entry[what]) for entry in log if what in entry]
+            if points:
+                below[1].plot(*zip(*points), ".-", color=line.get_color())
     for level, count in levels.items():
         top.axhline(level, color="black", linestyle="--", linewidth=1)
         top.annotate(f"ln K, K = {count:,}: nothing learned", (0.99, level), ha="right",
                      xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points")
     top.set(ylabel="loss")
     top.legend(frameon=False)
-    bottom.set(xlabel="step", ylabel="prototypes in use", ylim=(0, 1.05))
+    below[0].set(ylabel="prototypes in use", ylim=(0, 1.05))
+    if probed:
+        below[1].set(ylabel="probe, per cent")
+    below[-1].set(xlabel="step")
     figure.savefig(path, dpi=120)

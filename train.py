@@ -24,7 +24,6 @@ import datetime
 import itertools
 import json
 import math
-import platform
 import sys
 import time
 from pathlib import Path
@@ -36,10 +35,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-import bench
 import checkpoint
 import evaluate
+import folder
 import guard
+import plan
 import report
 import weights
 from demo import DemoImages
@@ -54,9 +54,6 @@ from swav import Queue, SwAV, collapse_statistics, swav_codes
 SHEET = 2048                # pictures from which the sheet of prototypes is drawn
 MAX_BAD_SHARE = 0.1         # of the pictures read so far; above it the run ends
 REMEDY = "lower --lr, or use --precision fp32; the last good checkpoint was kept"
-# what may change between the parts of one run
-FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "keep_every",
-        "max_bad_steps", "micro_batch", "checkpoint_activations")
 
 
 # ---------------------------------------------------------------------------------- one step
@@ -101,23 +98,24 @@ def setup(config: Config, images) -> SimpleNamespace:
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype = pick_precision(config.precision, device)
     if "RANK" in os.environ:
-        # a rank that waits longer for the others gives up; --init may have to download 37 GB
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(minutes=60))
+        # --init may have to download 37 GB
+        guard.join("nccl" if device.type == "cuda" else "gloo",
+                   datetime.timedelta(minutes=60 if config.init else 10))
 
     config = with_length(config, len(images))
     specs = parse_crops(config.crops)
-    crop = MultiCrop(specs, config.strength_at, gray=config.gray, blur=config.blur)
+    crop = MultiCrop(specs, config.strength_at, gray=config.gray, blur=config.blur,
+                     max_pixels=config.max_pixels)
     stream = Stream(images, crop, config.seed)
     stream[0]                                   # a folder without one readable picture fails here
 
     out = Path(config.out)
-    state = resume(config, len(images), out)
+    state = folder.resume(config, len(images), out)
     start = state["step"] if state else 0
     if len(set(gather_lists([(config, start)]))) > 1:
         raise ValueError(f"the ranks do not see the same pictures, or not the same "
                          f"{out}/checkpoint.pt; both must be shared")
-    config = bench.fit(config, world, min(gather_lists([bench.memory_of(device)])), dtype)
+    config = plan.fit(config, world, min(gather_lists([plan.memory_of(device)])), dtype)
     model = fresh_model(config, device)
     if config.init and not state:
         start_from(config.init, model, rank)
@@ -131,19 +129,21 @@ def setup(config: Config, images) -> SimpleNamespace:
     if state:
         checkpoint.load_run_state(state, model, optimizer, scaler, queue)
 
-    held, errors = None, []
+    held, probe, errors = None, None, []
     if rank == 0:
         try:
+            if config.probe:
+                probe = open_probe(config, device, dtype)
             out.mkdir(parents=True, exist_ok=True)
-            held = guard.lock(out)
+            held = folder.lock(out)
             report.start(config, images, world, device, dtype, start)
-            write_config(config, out)
+            folder.write_config(config, out)
         except (ValueError, OSError) as error:
             errors = [str(error)]
     if errors := gather_lists(errors):
         raise ValueError(errors[0])
     return SimpleNamespace(
-        lock=held, batches=None, pending=(state or {}).get("pending", {
+        lock=held, probe=probe, batches=None, pending=(state or {}).get("pending", {
             "bad": [], "bad_total": 0, "skipped": 0, "in_a_row": 0}),
         config=config, out=out, start=start, rank=rank, world=world, device=device, dtype=dtype,
         specs=specs, stream=stream, model=model, wrapped=wrapped,
@@ -166,10 +166,12 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
                         num_workers=share_processors(config, device),
                         worker_init_fn=guard.leave_signals_to_the_parent,
                         pin_memory=device.type == "cuda")
-    log, watchdog = open_log(out / "log.jsonl", start) if main else None, report.Watchdog(config)
+    log, watchdog = folder.Log(out / "log.jsonl", start) if main else None, report.Watchdog(config)
+    board = report.board(out, start) if main else None
     undo, pending = guard.Undo(model, queue), run.pending
     bad_pictures, bad_total = (pending["bad"] if main else []), pending["bad_total"]
     skipped, in_a_row = pending["skipped"], pending["in_a_row"]
+    probe_every = config.probe_every or math.ceil(config.steps / 20)
     waited, logged, clock = 0.0, start, time.perf_counter()
     steps = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step",
                  disable=not main or not sys.stderr.isatty())
@@ -221,7 +223,8 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
             model.normalize_prototypes()
 
         # log
-        if done % config.log_every == 0 or done == config.steps:
+        probing = config.probe and (done % probe_every == 0 or done == config.steps)
+        if done % config.log_every == 0 or done == config.steps or probing:
             # note: a sync point, and with several ranks a collective
             loss = mean_over_ranks(loss)
             bad_pictures = gather_lists(bad_pictures)
@@ -229,15 +232,18 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             seen = done * config.batch_size
             if main:
-                entry = {"step": done, "images": seen, "lr": config.lr_at(step)}
+                entry = {"step": done, "images": seen, "lr": config.lr_at(step),
+                         "ln_k": math.log(config.prototypes)}
                 if not bad_step:
                     entry |= {"loss": loss.item(), **collapse_statistics(
                         embeddings, scores, loss, config.temperature)}
-                entry |= {"bad": bad_pictures, "skipped": skipped, "waited": waited / seconds,
+                entry |= {"skipped": skipped, "waited": waited / seconds,
                           "images_per_second": (done - logged) * config.batch_size / seconds,
-                          "memory_gb": bench.peak_memory(device) / 1e9}
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
+                          "memory_gb": plan.peak_memory(device) / 1e9}
+                if probing:
+                    entry |= run.probe(model.trunk)
+                log.write(entry, bad_pictures)
+                report.scalars(board, entry)
                 if writer.error:
                     tqdm.write(f"warning: {writer.error}; the run goes on, and tries again")
                 if not bad_step:
@@ -255,7 +261,7 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
                 raise Stop(f"the weights are not finite at step {done}: {REMEDY}")
             state = checkpoint.run_state(done, dataclasses.asdict(config), len(run.stream.images),
                                          model, optimizer, scaler, queue)
-            state["pending"] = {"bad": gather_lists(bad_pictures), "bad_total": bad_total,
+            state["pending"] = {"bad": list(map(tuple, gather_lists(bad_pictures))), "bad_total": bad_total,
                                 "skipped": skipped, "in_a_row": in_a_row}
             if main:
                 writer.save(state, model.trunk.state_dict())
@@ -293,40 +299,6 @@ def start_from(source: str, model: SwAV, rank: int) -> None:
             + f"; left: {', '.join(loaded.unused)}" * bool(loaded.unused))
 
 
-def resume(config: Config, num_images: int, out: Path) -> dict | None:
-    """The state to go on from, or None. Raises ValueError where the folder holds another run."""
-    paths, state, faults = checkpoint.newest(out), None, []
-    if not paths:
-        if (out / "trunk.pt").exists() and not (out / "config.json").exists():
-            raise ValueError(f"{out} holds a trunk.pt of something else; choose another --out")
-        return None
-    for path in paths:
-        try:
-            state = checkpoint.load(path)
-            break
-        except ValueError as error:
-            faults.append(str(error))
-    if state is None:
-        raise ValueError("; ".join(faults))
-    if not isinstance(state, dict) or state.get("version") != checkpoint.VERSION:
-        raise ValueError(f"{path} is not a checkpoint of this program's version")
-    if faults and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{'; '.join(faults)}: going on from {path}", file=sys.stderr)
-    if state["num_images"] != num_images and state["config"]["data"] == config.data:
-        raise ValueError(f"{out} was trained on {state['num_images']} pictures and {config.data} "
-                         f"now holds {num_images}; restore them or choose another --out")
-    check_same_run(state["config"], config, out)
-    return state
-
-
-def check_same_run(old: dict, config: Config, out: Path) -> None:
-    new = dataclasses.asdict(config)
-    changed = [f"{k} was {old.get(k)}, not {v}" for k, v in new.items()
-               if k not in FREE and old.get(k, getattr(Config, k)) != v]
-    if changed:
-        raise ValueError(f"{out} holds another run ({'; '.join(changed)}); choose another --out")
-
-
 def processors() -> int:
     """Those this rank may use: its share of the machine's."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -346,6 +318,16 @@ def share_processors(config: Config, device: torch.device) -> int:
     return workers if config.workers < 0 else config.workers
 
 
+def open_probe(config: Config, device: torch.device, dtype: torch.dtype) -> evaluate.Probe:
+    """--probe. Its pictures are cut as the run's first crops are."""
+    if all(Path(config.probe, split).is_dir() for split in ("train", "val")):
+        raise ValueError(f"--probe {config.probe} holds train and val; name one of them")
+    views = MultiCrop([parse_crops(config.crops)[0]._replace(count=2)], config.strength,
+                      gray=config.gray, blur=config.blur)
+    photometric = Photometric(parse_channels(config.mean), parse_channels(config.std)).to(device)
+    return evaluate.Probe(open_images(config.probe), views, photometric, dtype)
+
+
 class Distort:
     """A micro-batch's pairs of crops and parameters, one a size -> what the network takes; and, as
     a worker's collate function, the same for samples. What is distorted already stays as it is."""
@@ -360,33 +342,6 @@ class Distort:
     def collate(self, samples: list):
         crops, params, bad = collate(samples)
         return self(zip(crops, params)), params, bad
-
-
-def write_config(config: Config, out: Path) -> None:
-    environment = {"python": platform.python_version(), "torch": torch.__version__,
-                   "platform": platform.platform(), "world": int(os.environ.get("WORLD_SIZE", 1))}
-    text = json.dumps({"config": dataclasses.asdict(config), "version": checkpoint.VERSION,
-                       "environment": environment}, indent=2)
-    write_whole(out / "config.json", text + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All or nothing: a crash leaves the old file or the new one."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
-def open_log(path: Path, start: int):
-    """Append after step `start`; lines of steps that were lost with a crash are dropped."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            kept += [line + "\n"] if json.loads(line)["step"] <= start else []
-        except ValueError:                      # cut off by a crash
-            break
-    write_whole(path, "".join(kept))
-    return open(path, "a")
 
 
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
@@ -432,7 +387,7 @@ def look_back(run: SimpleNamespace) -> None:
             both = (evaluate.labelled_features(network, images, pictures, **options),
                     evaluate.labelled_features(network, held_out, queries, **options))
             rows[name] = {what: evaluate.accuracy(what, *both)[0] for what in ("knn", "linear")}
-        write_whole(run.out / "results.json", json.dumps(rows, indent=2) + "\n")
+        folder.write_whole(run.out / "results.json", json.dumps(rows, indent=2) + "\n")
         title = f"{len(held_out):,} held-out demo pictures of {len(held_out.classes)} kinds"
         report.table(title, rows)
 
@@ -447,11 +402,12 @@ def look_back(run: SimpleNamespace) -> None:
     report.prototypes(run.out / "prototypes.png", scores, torch.stack([x for x, _ in shown]))
 
 
-def fail(error: Exception, rank: int) -> None:
+def fail(error: Exception) -> None:
     """One sentence, exit code 2. A worker's error carries its traceback; its last line is the
     sentence."""
     reason = str(error).strip().splitlines()[-1].removeprefix("images.NoReadablePicture: ")
-    print(f"train.py: error: {f'rank {rank}: ' if rank else ''}{reason}", file=sys.stderr)
+    who = f"rank {dist.get_rank()}: " if dist.is_initialized() else ""
+    print(f"train.py: error: {who}{reason}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -460,7 +416,7 @@ def launch(config: Config, images, rank: int) -> SimpleNamespace:
     try:
         run = setup(config, images)
     except (ValueError, OSError) as error:
-        fail(error, rank)
+        fail(error)
     try:
         if run.start < run.config.steps:
             config = run.config
@@ -468,16 +424,16 @@ def launch(config: Config, images, rank: int) -> SimpleNamespace:
                     run.out, config.keep, config.keep_every, run.start or None) as writer:
                 train(run, signals, writer)
     except (Stop, NoReadablePicture) as error:
-        fail(error, rank)
+        fail(error)
     except Interrupted as error:
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(guard.INTERRUPTED)
     except RuntimeError as error:
         if "DataLoader worker" in str(error):       # it names the process
-            fail(error, rank)
+            fail(error)
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            fail(Stop(f"another rank is gone, or does not answer ({error})"), rank)
+            fail(Stop(f"another rank is gone, or does not answer ({error})"))
         raise
     finally:                        # or Python would wait for them, who leave signals to it
         getattr(run.batches, "_shutdown_workers", lambda: None)()
@@ -502,16 +458,16 @@ def main(argv: list[str] | None = None) -> None:
         if only_plan and not given.get("data"):
             if "recipe" not in given:
                 given.setdefault("arch", Config.arch)
-            return print(bench.plan(configure(given, max(1, machine["gpus"])), **machine))
+            return print(plan.plan(configure(given, max(1, machine["gpus"])), **machine))
         images = open_images(given["data"]) if given.get("data") else DemoImages("train")
         if only_plan:
             config = configure(given, max(1, machine["gpus"]), images)
-            return print(bench.plan(config, len(images), **machine))
+            return print(plan.plan(config, len(images), **machine))
         if only_explain:
             return print(explain(given, world, images))
         config = configure(given, world, images)
     except (ValueError, OSError, ImportError) as error:     # the same on all ranks: one speaks
-        sys.exit(2) if rank else fail(error, rank)
+        sys.exit(2) if rank else fail(error)
     try:
         run = launch(config, images, rank)
         if dist.is_initialized():

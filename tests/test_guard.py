@@ -52,14 +52,23 @@ def finish(*arguments, **options):
     assert process.returncode == 0, errors
 
 
+def step_of(out):
+    """The last step in a run's log."""
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 def when_at(out, step, process):
     """Wait until a run's log has come to a step."""
-    log = out / "log.jsonl"
-    while process.poll() is None:
-        lines = log.read_text().splitlines() if log.exists() else []
-        if lines and json.loads(lines[-1])["step"] >= step:
-            return
+    while process.poll() is None and step_of(out) < step:
         time.sleep(0.005)
+
+
+def when_saving(out, process):
+    """Wait until a run's checkpoint is being written."""
+    while process.poll() is None and not (out / "checkpoint.pt.tmp").exists():
+        time.sleep(0)
 
 
 def same_run(one, other):
@@ -79,29 +88,6 @@ def whole(photos, tmp_path_factory):
     return runs
 
 
-def kill_at_random(photos, out, whole, ranks, kills, rng):
-    """SIGKILL a run, its workers and its launcher, `kills` times at random; then let it finish."""
-    for _ in range(kills):
-        process = start(photos, out, ranks=ranks)
-        when_at(out, rng.randrange(STEPS - 2), process)
-        time.sleep(rng.random() * 0.1)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    finish(photos, out, ranks=ranks)
-    same_run(out, whole[ranks])
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_run_ends_as_if_it_had_not_been(photos, tmp_path, whole, ranks):
-    kill_at_random(photos, tmp_path / "run", whole, ranks, 2, random.Random(ranks))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("ranks, kills", [(1, 18), (2, 12)])
-def test_a_run_killed_thirty_times(photos, tmp_path, whole, ranks, kills):
-    kill_at_random(photos, tmp_path / "run", whole, ranks, kills, random.Random(ranks))
-
-
 def children(pid):
     """Processes whose parent it is, from /proc."""
     found = []
@@ -112,6 +98,63 @@ def children(pid):
         except OSError:                         # gone meanwhile
             pass
     return found
+
+
+def runs(pid):
+    """Whether a process is there, and not dead and waiting for its parent to notice."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def kill_all(process):
+    """SIGKILL a process and all below it: torchrun's ranks are in sessions of their own."""
+    family = [process.pid]
+    for pid in family:
+        family += children(pid)
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.communicate()
+    while any(runs(pid) for pid in family):
+        time.sleep(0.005)
+
+
+def kill_at_random(photos, out, whole, ranks, kills, rng):
+    """SIGKILL a run, its workers and its launcher, `kills` times at random, every second time in the
+    next save; then let it finish. Returns how many files were cut off."""
+    saving = 0
+    for kill in range(kills):
+        for cut in out.glob("*.tmp"):
+            cut.unlink()
+        process = start(photos, out, ranks=ranks)
+        when_at(out, rng.randrange(STEPS - 8), process)
+        if kill % 2 and step_of(out) < STEPS - 4:       # else no save may be left to be cut off
+            when_saving(out, process)
+        else:
+            time.sleep(rng.random() * 0.1)
+        assert process.poll() is None, process.communicate()[1]
+        kill_all(process)
+        saving += bool(list(out.glob("*.pt.tmp")))
+    finish(photos, out, ranks=ranks)
+    same_run(out, whole[ranks])
+    return saving
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_ends_as_if_it_had_not_been(photos, tmp_path, whole, ranks):
+    kill_at_random(photos, tmp_path / "run", whole, ranks, 2, random.Random(ranks))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks, kills", [(1, 18), (2, 12)])
+def test_a_run_killed_thirty_times(photos, tmp_path, whole, ranks, kills):
+    saving = kill_at_random(photos, tmp_path / "run", whole, ranks, kills, random.Random(ranks))
+    print(f"{kills} kills on {ranks} ranks, {saving} of them in the middle of a save")
+    assert saving
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
@@ -207,12 +250,11 @@ class Spoiled:
 def spoiled_run(rank, world, photos, out, faults, options):
     """train.train on this rank, with faults in given steps; what is left of it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    before = train.dist.init_process_group
-    train.dist.init_process_group = lambda *_, **__: None       # it is initialised
+    before, train.guard.join = train.guard.join, lambda *_: None        # it is initialised
     given = train.parse_arguments([f"--data={photos}", f"--out={out}", *SMALL, "--queue=8", *options])
     images = train.open_images(str(photos))
     run = train.setup(configure(given, world, images), images)
-    train.dist.init_process_group = before
+    train.guard.join = before
     run.wrapped = Spoiled(run.wrapped, rank, faults)
     with guard.Signals() as signals, checkpoint.Writer(run.out) as writer:
         try:
@@ -263,11 +305,11 @@ def test_undo_restores_what_a_forward_pass_changes():
 
 
 # --------------------------------------------------------------------------- damaged and full
-def test_a_bit_turned_anywhere_is_recognised(tmp_path):
+def test_a_bit_turned_anywhere_in_a_runs_checkpoint_is_recognised(tmp_path, whole):
     path, rng = tmp_path / "checkpoint.pt", random.Random(0)
-    checkpoint.save(path, {"step": 3, "weights": torch.randn(500), "names": ["a", "b"]})
-    good = path.read_bytes()
-    assert checkpoint.load(path)["step"] == 3 and torch.load(path, weights_only=True)["step"] == 3
+    good = (whole[1] / "checkpoint.pt").read_bytes()
+    path.write_bytes(good)
+    assert checkpoint.load(path)["step"] == STEPS == torch.load(path, weights_only=True)["step"]
     for _ in range(200):
         bad = bytearray(good)
         bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
@@ -347,3 +389,39 @@ def test_a_run_whose_saves_fail_goes_on_says_so_and_ends_with_an_error(photos, t
                    "--save-every=2")
     assert "disk full" in error and "holds the run as it was before" in error
     assert log_of(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_torchrun_restarts_a_run_whose_ranks_die(photos, tmp_path, whole):
+    """With --max-restarts: two ranks are killed in turn, and the run ends as if they had not been."""
+    out = tmp_path / "run"
+    line = command(photos, out, ranks=2)
+    line.insert(line.index("--standalone"), "--max-restarts=3")
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for step, choose in ((3, max), (8, min)):
+        when_at(out, step, process)
+        os.kill(choose(children(process.pid)), signal.SIGKILL)
+    try:
+        _, errors = process.communicate(timeout=200)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors
+    same_run(out, whole[2])
+
+
+def test_watching_a_run_changes_nothing_of_it(photos, tmp_path, whole):
+    """--probe, on class folders and without labels; --log-every; TensorBoard where it is installed."""
+    for name in ("a", "b"):
+        write_pictures(tmp_path / "classes" / name, 5)
+    (tmp_path / "classes" / "a" / "broken.jpg").write_bytes(b"no")
+    for what, folder in (("knn", tmp_path / "classes"), ("retrieved", photos)):
+        out = tmp_path / what
+        finish(photos, out, f"--probe={folder}", "--probe-every=10", "--log-every=3")
+        states = [checkpoint.load(run / "checkpoint.pt") for run in (out, whole[1])]
+        assert equal(states[0]["model"], states[1]["model"])
+        log = log_of(out)
+        assert [line["step"] for line in log] == [3, 6, 9, 10, 12, 15, 18, 20, 21, 24]
+        assert [line["step"] for line in log if what in line] == [10, 20, 24]
+        assert all(0 <= line[what] <= 100 for line in log if what in line)
+        assert log[0]["ln_k"] == pytest.approx(2.4849, abs=1e-4)

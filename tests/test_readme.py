@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from test_images import write_pictures
 
+from images import open_images
+from shards import pack
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.M | re.S)
@@ -33,6 +36,7 @@ def checkout(tmp_path_factory):
     for split in ("train", "val"):
         for name in ("rose", "tulip"):
             write_pictures(folder / "flowers" / split / name, 4)
+    pack(open_images(folder / "photos"), folder / "shards", 10 ** 4)
     run(folder, "python train.py --batch-size 8 --workers 0 --steps 2")
     run(folder, "python train.py --data photos/ --out runs/mine --batch-size 8 --workers 0 --steps 2")
     return folder

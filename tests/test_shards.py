@@ -1,0 +1,252 @@
+"""shards.py: reading in place, the index, packing, and tar files that are not as they should be."""
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from test_images import write_pictures
+from torch.utils.data import DataLoader
+
+import images
+import shards
+from images import Positions, Stream, collate, open_images
+from multicrop import MultiCrop, parse_crops
+
+ROOT = Path(shards.__file__).parent
+
+
+def write_tar(path, members, format=tarfile.PAX_FORMAT):
+    """members: (name, bytes), or a TarInfo of no content."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size = len(member[1])
+            tar.addfile(info, io.BytesIO(member[1]))
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three shards of 3, 0 and 2 pictures, in WebDataset's layout."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_tar(folder / "000.tar", [(f"{i}.{kind}", f"{kind}{i}".encode()) for i in range(3)
+                                   for kind in ("jpg", "cls", "json")])
+    write_tar(folder / "001.tar", [("readme.txt", b"no picture"), ("._a.jpg", b"macOS's note")])
+    write_tar(folder / "002.tar", [("deep/er/3.PNG", b"png3"), ("4.jpeg", b"")])
+    return folder
+
+
+def contents(images):
+    return [images[i] for i in range(len(images))]
+
+
+@pytest.mark.parametrize("spec", ["{000..002}.tar", "*.tar", "00[0-2].tar"])
+def test_pictures_are_read_in_place_from_any_way_to_write_the_shards(three, spec):
+    found = open_images(three / spec)
+    assert contents(found) == [b"jpg0", b"jpg1", b"jpg2", b"png3", b""] and found.labels is None
+    assert [found.name(i) for i in (0, 3)] == [f"{three}/000.tar/0.jpg", f"{three}/002.tar/deep/er/3.PNG"]
+    assert contents(pickle.loads(pickle.dumps(found))) == contents(found)
+    assert [path.name for path in three.glob(".*")] == [found.index.name]       # one file, beside them
+    with pytest.raises(IndexError):
+        found[5]
+
+
+def test_braces_keep_their_digits():
+    assert shards.expand("a{08..11}-{0..1}.tar") == [f"a{i}-{j}.tar" for i in ("08", "09", "10", "11")
+                                                     for j in (0, 1)]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_kind_of_tar(tmp_path, format):
+    """Long and odd names, links, folders and devices among the pictures."""
+    long = "ä" * 40 if format == tarfile.USTAR_FORMAT else "long/" * 60 + "ä"
+    folder, link = tarfile.TarInfo("folder.jpg"), tarfile.TarInfo("link.jpg")
+    folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "/etc/passwd"
+    members = [(f"{long}.jpg", b"one"), folder, link, ("../../up.jpg", b"two" * 1000), ("/root.png", b"three")]
+    write_tar(tmp_path / "a.tar", members, format)
+    found = open_images(tmp_path / "a.tar")
+    assert contents(found) == [b"one", b"two" * 1000, b"three"]
+    assert [found.name(i) for i in range(3)] == [f"{tmp_path}/a.tar/{name}" for name in (
+        f"{long}.jpg", "../../up.jpg", "root.png" if found.name(2).endswith("tar/root.png") else "/root.png")]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", found.index.name}
+
+
+def test_what_has_changed_is_scanned_anew_and_only_that(three, monkeypatch):
+    open_images(three / "*.tar")
+    scanned, scan = [], shards.scan
+    monkeypatch.setattr(shards, "scan", lambda path: scanned.append(Path(path).name) or scan(path))
+    monkeypatch.setattr(shards, "ProcessPoolExecutor", Here)
+    open_images(three / "*.tar")
+    assert scanned == []
+    write_tar(three / "001.tar", [("new.jpg", b"new")])
+    assert contents(open_images(three / "*.tar")) == [b"jpg0", b"jpg1", b"jpg2", b"new", b"png3", b""]
+    assert scanned == ["001.tar"]
+    time.sleep(0.01)
+    os.utime(three / "000.tar")                         # another time, the same size
+    open_images(three / "*.tar")
+    assert scanned == ["001.tar", "000.tar"]
+    index, = three.glob("*.index") or three.glob(".*.index")
+    for damage in (lambda data: data[:-1], lambda data: b"", lambda data: data[:5] + data, lambda data: b"x" * 50):
+        scanned.clear()
+        index.write_bytes(damage(index.read_bytes()))
+        assert len(open_images(three / "*.tar")) == 6 and len(scanned) == 3
+
+
+class Here:
+    """An executor that does all at once, in this process."""
+
+    def __init__(self, _):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, function, items, chunksize):
+        return map(function, items)
+
+
+def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(three, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    beside = open_images(three / "*.tar").index
+    beside.unlink()
+    make = shards.make_index
+
+    def read_only(index, *rest):
+        if index.parent == three:
+            raise PermissionError(13, "Permission denied")
+        make(index, *rest)
+
+    monkeypatch.setattr(shards, "make_index", read_only)
+    found = open_images(three / "*.tar")
+    assert found.index.parent == tmp_path / "cache" / "seer-in-the-open" and len(found) == 5
+    assert open_images(three / "*.tar").index == found.index
+    monkeypatch.setattr(shards, "make_index", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    found.index.unlink()
+    with pytest.raises(ValueError, match="can be written neither to .* nor to .*full"):
+        open_images(three / "*.tar")
+
+
+def test_damaged_tar_files_give_what_they_hold(tmp_path, capsys):
+    data = [(f"{i}.jpg", bytes([i]) * 1000) for i in range(4)]
+    write_tar(tmp_path / "good.tar", data)
+    good = (tmp_path / "good.tar").read_bytes()
+    blocks = {"cut in a picture": good[:3 * 1536 + 600], "cut in a header": good[:3 * 1536 + 100],
+              "damaged": good[:3 * 1536] + b"x" * 512 + good[3 * 1536 + 512:], "none": b"", "text": b"no tar" * 500}
+    for name, blob in blocks.items():
+        (tmp_path / f"{name}.tar").write_bytes(blob)
+    import gzip
+    (tmp_path / "packed.tar").write_bytes(gzip.compress(good))
+    for name, count, words in (("cut in a picture", 4, "cut short"), ("cut in a header", 3, "cut short"),
+                               ("damaged", 3, "damaged at byte 4608")):
+        found = open_images(tmp_path / f"{name}.tar")
+        assert len(found) == count and words in capsys.readouterr().err
+        assert contents(found)[:3] if count == 3 else [found[i] for i in range(3)] == [d for _, d in data[:3]]
+    stream = Stream(open_images(tmp_path / "cut in a picture.tar"), lambda data, *_: ([], data[:1]), 0)
+    faults = [fault for position in range(4) for fault in stream[position][2]]
+    assert [(fault.name[-5:], fault.cause, fault.detail) for fault in faults] == [
+        ("3.jpg", "truncated", "88 of 1000 bytes are there")]
+    for name in ("none", "text", "packed"):
+        with pytest.raises(ValueError, match="no pictures in"):
+            open_images(tmp_path / f"{name}.tar")
+    assert "a compressed one, which cannot be read at random" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no shards match"):
+        open_images(tmp_path / "x*.tar")
+    with pytest.raises(ValueError, match="shard .*7.tar of .*No such file"):
+        open_images(tmp_path / "{7..9}.tar")
+
+
+def test_a_shard_that_vanishes_is_a_fault(three):
+    found = open_images(three / "*.tar")
+    (three / "002.tar").unlink()
+    stream = Stream(found, lambda data, *_: ([], []), 0)
+    faults = [fault for position in range(5) for fault in stream[position][2]]
+    assert {fault.cause for fault in faults} == {"vanished"} and "002.tar/at byte" in faults[0].name
+
+
+def test_packed_pictures_are_the_folders(tmp_path, capsys):
+    write_pictures(tmp_path / "photos" / "deep", 20)
+    write_pictures(tmp_path / "photos", 3, ".webp")
+    (tmp_path / "photos" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    images.main(["pack", str(tmp_path / "photos"), str(tmp_path / "out"), "--shard-size=8k"])
+    spec = capsys.readouterr().out.strip()
+    assert spec.startswith("--data '") and spec.endswith(".tar'")
+    spec = spec.removeprefix("--data '").removesuffix("'")
+    folder, packed = open_images(tmp_path / "photos"), open_images(spec)
+    kept = [i for i in range(len(folder)) if folder.name(i) != "gone.jpg"]
+    assert contents(packed) == [folder[i] for i in kept] and len(kept) == 23
+    names = [packed.name(i).split(".tar/")[1] for i in range(len(packed))]
+    assert names == [folder.name(i) for i in kept]
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "out").glob("*.tar"))]
+    assert len(sizes) > 3 and max(sizes) < 8000 + 10240
+    with pytest.raises(SystemExit):
+        images.main(["pack", str(tmp_path / "photos"), str(tmp_path / "out")])
+    assert "holds tar files already" in capsys.readouterr().err
+    images.main(["pack", str(tmp_path / "photos"), str(tmp_path / "again"), "--shard-size=8k"])
+    assert all((tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+               for path in (tmp_path / "out").glob("*.tar"))
+
+
+def test_a_size_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        images.main(["pack", "a", "b", "--shard-size=1X"])
+    assert "'1X' is not a size" in capsys.readouterr().err
+    assert [images.parse_size(text) for text in ("1G", "500M", "1.5k", "7")] == [10 ** 9, 5 * 10 ** 8, 1500, 7]
+
+
+def test_several_processes_make_one_index(three):
+    """As the ranks of a machine do: each gets the whole, and no file is left over."""
+    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom shards import open_shards\n"
+              f"print(len(open_shards({str(three / '*.tar')!r})))")
+    processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+                 for _ in range(4)]
+    assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["5"] * 4
+    assert sorted(path.suffix for path in three.iterdir()) == [".index", ".tar", ".tar", ".tar"]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_worker_processes_read_the_same(tmp_path, context):
+    write_pictures(tmp_path / "photos", 12)
+    shards.pack(open_images(tmp_path / "photos"), tmp_path / "out", 9000)
+    streams = [Stream(open_images(spec), MultiCrop(parse_crops("2x16")), 3)
+               for spec in (tmp_path / "photos", tmp_path / "out" / "*.tar")]
+    plain = list(DataLoader(streams[0], batch_sampler=Positions(0, 3, 6), collate_fn=collate))
+    packed = list(DataLoader(streams[1], batch_sampler=Positions(0, 3, 6), collate_fn=collate,
+                             num_workers=2, multiprocessing_context=context))
+    for one, other in zip(plain, packed, strict=True):
+        assert torch.equal(one[0][0], other[0][0]) and torch.equal(one[1][0], other[1][0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory in /proc")
+def test_a_billion_pictures_cost_a_memory_map(tmp_path):
+    """An index of a billion rows, which the file system does not store for they are zeros."""
+    count = 1_000_000_000
+    footer = json.dumps([["a.tar", 1, 1, count // 2], ["b.tar", 1, 1, count // 2]]).encode()
+    with open(tmp_path / "index", "wb") as file:
+        file.truncate(12 * count)
+        file.seek(0, os.SEEK_END)
+        file.write(footer + len(footer).to_bytes(8, "little") + shards.MAGIC)
+
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1e3
+
+    before = resident()
+    found = shards.Shards([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], tmp_path / "index")
+    stream = Stream(found, None, 0)
+    places = {found.place(stream.index(position))[0][-5:] for position in range(500)}
+    assert len(found) == count and places == {"a.tar", "b.tar"}
+    assert resident() - before < 50                             # MB
