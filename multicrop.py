@@ -136,7 +136,8 @@ def _formats() -> list[str]:
 def orientation(image: Image.Image) -> int:
     """EXIF's 1 to 8: how the stored picture is to be turned; 1 where it does not say."""
     try:
-        return image.getexif().get(0x0112, 1)
+        turn = image.getexif().get(0x0112)
+        return turn if turn in UPRIGHT else 1   # a damaged note may hold anything
     except Exception:                           # a broken note does not spoil the picture
         return 1
 
