@@ -471,7 +471,7 @@ def bench_input(crops: str, repeats: int) -> dict:
 
 
 def bench_order(repeats: int) -> dict:
-    """Microseconds from a position to its picture, and, of shards, to its place in them."""
+    """Microseconds from a position of the stream to its picture."""
     count = 1_000_000_000
     positions = [mix(i) % count for i in range(10_000)]
     ms = in_turn({"order": lambda: [permute(p, count, 7) for p in positions]}, repeats)

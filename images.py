@@ -18,6 +18,7 @@ import functools
 import glob
 import os
 import re
+import stat
 import sys
 from array import array
 from typing import Callable, Iterator, NamedTuple
@@ -28,6 +29,8 @@ from torch.utils.data import Dataset, Sampler
 
 from shards import SUFFIXES, is_picture, open_shards, pack
 
+MAX_BYTES = 2 ** 30                  # of a file; larger ones are no pictures
+NOT_WAITING = getattr(os, "O_NONBLOCK", 0)
 MAX_TRIES = 64                       # pictures tried for one position before giving up
 
 
@@ -35,8 +38,8 @@ def open_images(spec: str | os.PathLike):
     """A folder of any depth; a text file of paths, one a line; or tar files, "shards/*.tar" or
     "shards/{000000..000999}.tar" -> dataset: len(), [i] -> bytes, .name(i), .labels, .classes.
 
-    Paths of a list are relative to its folder; it is read as UTF-8 or whatever bytes the file
-    system has. Raises ValueError where there is no such thing, or no picture in it.
+    Paths of a list are relative to its folder. Raises ValueError where there is no such thing, or
+    no picture in it.
     """
     spec = os.fspath(spec)
     if os.path.isdir(spec):
@@ -45,10 +48,19 @@ def open_images(spec: str | os.PathLike):
     if spec.endswith(".tar") or not os.path.exists(spec) and (glob.has_magic(spec) or "{" in spec):
         return open_shards(spec)
     if os.path.isfile(spec):
-        with open(spec, "rb") as file:
-            lines = (line.strip(b"\r\n") for line in file)
-            return Files(os.path.dirname(spec), filter(None, lines), f"no paths in {spec}")
+        return Files(os.path.dirname(spec), read_list(spec), f"no paths in {spec}")
     raise ValueError(f"no such folder, list or shards of pictures: {spec}")
+
+
+def read_list(path: str) -> Iterator[bytes]:
+    """The lines of a text file, as they are; without a byte order mark, and empty ones."""
+    with open(path, "rb") as file:
+        if b"\0" in file.read(4096):
+            raise ValueError(f"{path} is no list of paths, one a line, in UTF-8")
+        file.seek(0)
+        for number, line in enumerate(file):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+            yield from filter(None, [line.strip(b"\r\n")])
 
 
 def walk(root: str) -> Iterator[bytes]:
@@ -92,7 +104,14 @@ class Files:
         return os.fsdecode(self._names[start:int(self._ends[i])].numpy().tobytes())
 
     def __getitem__(self, i: int) -> bytes:
-        with open(os.path.join(self.root, self.name(i)), "rb") as file:
+        # a pipe must not be waited for
+        with open(os.path.join(self.root, self.name(i)), "rb",
+                  opener=lambda path, flags: os.open(path, flags | NOT_WAITING)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("no regular file")
+            if status.st_size > MAX_BYTES:
+                raise OSError(f"{status.st_size:,} bytes, more than {MAX_BYTES:,}")
             return file.read()
 
     @functools.cached_property

@@ -25,10 +25,10 @@ import os
 import re
 import sys
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 try:
@@ -38,6 +38,7 @@ except ImportError:                      # Windows
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
             ".pgm", ".jp2", ".avif")
+MAX_SHARDS = 10_000_000
 BLOCK = tarfile.BLOCKSIZE
 MAGIC = b"shards 1"
 
@@ -52,6 +53,11 @@ class Truncated(ValueError):
     cause = "truncated"
 
 
+class Changed(ValueError):
+    """A shard that is not what it was when the index was made."""
+    cause = "changed"
+
+
 class Shards:
     """Pictures in tar files: len(), [i] -> bytes, .name(i); labels are None.
 
@@ -61,8 +67,8 @@ class Shards:
 
     def __init__(self, paths: list[str], index: Path):
         self.paths, self.index = paths, index
-        shards = read_footer(index)
-        self.ends = numpy.cumsum([pictures for *_, pictures in shards], dtype=numpy.int64)
+        self.shards = read_footer(index)
+        self.ends = numpy.cumsum([pictures for *_, pictures in self.shards], dtype=numpy.int64)
         with open(index, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):        # or each look-up would read what lies around it
@@ -75,27 +81,31 @@ class Shards:
     def __reduce__(self):                # to a worker process: it makes the same map
         return Shards, (self.paths, self.index)
 
-    def place(self, i: int) -> tuple[str, int, int, int]:
-        """Shard, and in it the first bytes of the header and of the picture, and its length."""
+    def place(self, i: int) -> tuple[int, int, int, int]:
+        """Number of the shard, and in it the first bytes of the header and of the picture, and its
+        length."""
         if not 0 <= i < len(self):
             raise IndexError(f"picture {i} of {len(self)}")
         before, header, size = map(int, self.rows[i])
-        path = self.paths[int(numpy.searchsorted(self.ends, i, "right"))]
-        return path, before * BLOCK, (before + header) * BLOCK, size
+        shard = int(numpy.searchsorted(self.ends, i, "right"))
+        return shard, before * BLOCK, (before + header) * BLOCK, size
 
     def name(self, i: int) -> str:
-        path, header, start, _ = self.place(i)
+        shard, header, start, _ = self.place(i)
         try:
-            with open(path, "rb") as file:
+            with open(self.paths[shard], "rb") as file:
                 file.seek(header)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    return f"{path}/{tar.next().name}"
-        except (OSError, tarfile.TarError, AttributeError):      # gone, or overwritten
-            return f"{path}/at byte {start}"
+                    return f"{self.paths[shard]}/{tar.next().name}"
+        except Exception:                # gone, overwritten, or something odd in its header
+            return f"{self.paths[shard]}/at byte {start}"
 
     def __getitem__(self, i: int) -> bytes:
-        path, _, start, size = self.place(i)
-        with open(path, "rb") as file:
+        shard, _, start, size = self.place(i)
+        with open(self.paths[shard], "rb") as file:
+            status = os.fstat(file.fileno())
+            if [status.st_size, status.st_mtime_ns] != self.shards[shard][1:3]:
+                raise Changed("changed: the shard is not the one that was indexed")
             file.seek(start)
             data = file.read(size)
         if len(data) < size:
@@ -110,37 +120,42 @@ def open_shards(spec: str) -> Shards:
     there is no such file, or no picture in any.
     """
     paths = expand(spec)
-    stats = []
+    folder = os.path.dirname(os.path.abspath(paths[0]))
+    wanted = []                                         # name, size, time
     for path in paths:
         try:
-            stats.append(os.stat(path))
+            status = os.stat(path)
         except OSError as error:
             raise ValueError(f"shard {path} of {spec}: {error.strerror}") from None
-    wanted = [[os.path.basename(p), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats)]
-    names = hashlib.sha256("\n".join(os.path.basename(path) for path in paths).encode()).hexdigest()
-    beside = Path(paths[0]).parent / f".shards-{names[:16]}.index"
-    place = hashlib.sha256(os.path.abspath(beside).encode()).hexdigest()
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "seer-in-the-open",
-                  f"{place[:32]}.index")
-    for index in (beside, cached):
-        if up_to_date(index, wanted):
-            break
+        wanted.append([os.path.relpath(path, folder), status.st_size, status.st_mtime_ns])
+    names = hashlib.sha256("\n".join(name for name, *_ in wanted).encode(errors="surrogateescape"))
+    beside = Path(folder, f".shards-{names.hexdigest()[:16]}.index")
+    faults = []
+    for place in (lambda: beside, lambda: cached(beside)):
         try:
-            index.parent.mkdir(parents=True, exist_ok=True)
-            with one_at_a_time(index):
-                if not up_to_date(index, wanted):       # else another process has made it
-                    make_index(index, paths, wanted)
+            index = place()
+            if not up_to_date(index, wanted):
+                index.parent.mkdir(parents=True, exist_ok=True)
+                with one_at_a_time(index):
+                    if not up_to_date(index, wanted):       # else another process has made it
+                        make_index(index, paths, wanted)
+            shards = Shards(paths, index) if any(n for *_, n in read_footer(index)) else None
             break
-        except OSError as error:
-            fault = error
+        except (OSError, RuntimeError) as error:        # RuntimeError: a user without a home
+            faults.append(str(error))
     else:
-        raise ValueError(f"the index of {spec} can be written neither to {beside} nor to {cached} "
-                         f"({fault.strerror})")
-    shards = Shards(paths, index) if any(pictures for *_, pictures in read_footer(index)) else None
+        raise ValueError(f"the index of {spec} cannot be written: {'; '.join(faults)}")
     if shards is None:
         raise ValueError(f"no pictures in {spec}: looked in {len(paths)} tar files for "
                          f"{', '.join(SUFFIXES)}")
     return shards
+
+
+def cached(beside: Path) -> Path:
+    """Where an index is kept whose own place cannot be written."""
+    name = hashlib.sha256(os.fsencode(beside)).hexdigest()[:32]
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "seer-in-the-open", f"{name}.index")
 
 
 def expand(spec: str) -> list[str]:
@@ -148,6 +163,8 @@ def expand(spec: str) -> list[str]:
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
     if braces:
         first, last = braces.groups()
+        if not int(first) <= int(last) < int(first) + MAX_SHARDS:
+            raise ValueError(f"{braces[0]} in {spec}: needs FIRST..LAST, at most {MAX_SHARDS:,}")
         return [path for number in range(int(first), int(last) + 1) for path in expand(
             spec[:braces.start()] + str(number).zfill(len(first)) + spec[braces.end():])]
     if not glob.has_magic(spec) or os.path.exists(spec):
@@ -189,71 +206,118 @@ def one_at_a_time(index: Path):
     with open(f"{index}.lock", "w") as file:
         if fcntl:
             with contextlib.suppress(OSError):          # some network file systems know no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by workers
+                except BlockingIOError:
+                    print(f"waiting for another process that makes {index}", file=sys.stderr)
+                    fcntl.lockf(file, fcntl.LOCK_EX)
         yield
-    with contextlib.suppress(OSError):
-        os.unlink(f"{index}.lock")
 
 
 def make_index(index: Path, paths: list[str], wanted: list[list]) -> None:
-    """Scan the shards that the present index, if there is one, does not know as they are."""
+    """Scan the shards that no present index of the folder knows as they are."""
     known = {}
-    with contextlib.suppress(ValueError):
-        old = Shards([], index)
-        for (*shard, pictures), end in zip(read_footer(index), old.ends):
-            known[tuple(shard)] = old.rows[end - pictures:end]
-    aside, shards = Path(f"{index}.{os.getpid()}.tmp"), []
+    for path in [*index.parent.glob(".shards-*.index")] if index.name.startswith(".") else [index]:
+        with contextlib.suppress(ValueError):
+            old = Shards([], path)
+            for (*shard, pictures), end in zip(old.shards, old.ends):
+                known[tuple(shard)] = old.rows[end - pictures:end]
     new = [path for path, shard in zip(paths, wanted) if tuple(shard) not in known]
-    try:
-        with open(aside, "wb") as file, ProcessPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-            scanned = pool.map(scan, new, chunksize=max(1, len(new) // 1024))
-            bar = tqdm(zip(paths, wanted), total=len(paths), unit="shard", desc="index of shards",
-                       mininterval=0.1 if sys.stderr.isatty() else 60)
-            for path, shard in bar:
-                rows, fault = (known[tuple(shard)], "") if tuple(shard) in known else next(scanned)
-                if fault:
-                    bar.write(f"{path}: {fault}; {len(rows)} pictures of it are used",
-                              file=sys.stderr)
-                file.write(rows.tobytes())
-                shards.append([*shard, len(rows)])
-            footer = json.dumps(shards).encode()
-            file.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, index)
-    finally:
-        aside.unlink(missing_ok=True)
+    scanned = iter(DataLoader(Scans(new), batch_size=None, collate_fn=as_it_is,
+                              num_workers=min(32, (os.cpu_count() or 1) - 1, len(new) // 2)))
+    aside, shards = Path(f"{index}.tmp"), []
+    with open(aside, "wb") as file:
+        bar = tqdm(zip(paths, wanted), total=len(paths), unit="shard", desc="index of shards",
+                   mininterval=0.1 if sys.stderr.isatty() else 60)
+        for path, shard in bar:
+            rows, fault = (known[tuple(shard)], "") if tuple(shard) in known else next(scanned)
+            if fault:
+                bar.write(f"{path}: {fault}; {len(rows)} pictures of it are used", file=sys.stderr)
+            file.write(rows.tobytes())
+            shards.append([*shard, len(rows)])
+        footer = json.dumps(shards).encode()
+        file.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, index)
+
+
+class Scans(Dataset):
+    """Tar file i -> its rows and faults. As a dataset: a DataLoader's workers keep the order, and
+    do not outlive a process that is killed."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int):
+        return scan(self.paths[i])
+
+
+def as_it_is(x):
+    return x
 
 
 def scan(path: str) -> tuple[numpy.ndarray, str]:
-    """A tar file -> the index's rows of its pictures, and what is wrong with it, if anything."""
-    rows, fault = [], ""
+    """A tar file, or several in a row -> the index's rows of its pictures, and what is wrong with
+    it, if anything. What cannot be a header is passed over, up to the next one."""
+    rows, faults, end, others = [], [], 0, 0
     try:
         with tarfile.open(path, "r:") as tar:
-            while member := tar.next():
+            tar.ignore_zeros = True                     # go on behind the end, and behind damage
+            while True:
+                try:
+                    member = tar.next()
+                except tarfile.ReadError as error:
+                    if "end of data" not in str(error):
+                        raise
+                    member = None
+                begin = member.offset if member else os.path.getsize(path)
+                if begin > end and (fault := damage(tar.fileobj, end)):
+                    faults.append(fault)
+                if member is None:
+                    break
                 tar.members.clear()                     # it would keep them all
-                picture = member.isreg() and not member.issparse() and is_picture(member.name)
-                if picture and member.size < 2 ** 32:
-                    rows.append((member.offset // BLOCK,
-                                 (member.offset_data - member.offset) // BLOCK, member.size))
-            tar.fileobj.seek(tar.offset)                # tarfile takes a bad header for the end
-            rest = tar.fileobj.read(BLOCK)
-            if any(rest):
-                fault = "cut short" if len(rest) < BLOCK else f"damaged at byte {tar.offset}"
-    except tarfile.ReadError as error:
-        fault = ("cut short" if "end of data" in str(error) else
-                 "not a tar file, or a compressed one, which cannot be read at random")
-    except OSError as error:
-        fault = str(error)
-    return numpy.array(rows, numpy.uint32).reshape(-1, 3), fault
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK * member.isreg()
+                if end > os.path.getsize(path) and "cut short" not in faults:
+                    faults.append("cut short")
+                if not is_picture(member.name) or member.isdir():
+                    continue
+                row = (member.offset // BLOCK, (member.offset_data - member.offset) // BLOCK,
+                       member.size)
+                if member.isreg() and not member.issparse() and 0 <= min(row) <= max(row) < 2 ** 32:
+                    rows.append(row)
+                else:
+                    others += 1
+        if others:
+            faults.append(f"{others} links, sparse or too large files are passed over")
+    except tarfile.ReadError:
+        faults.append("not a tar file, or a compressed one, which cannot be read at random")
+    except Exception as error:                          # of odd headers tarfile raises nearly anything
+        faults.append(f"{type(error).__name__}: {error}")
+    return numpy.array(rows, numpy.uint32).reshape(-1, 3), "; ".join(faults)
+
+
+def damage(file, start: int) -> str:
+    """What is wrong with a place where a header, or zeros after the last one, should be."""
+    where = file.tell()
+    file.seek(start)
+    block = file.read(BLOCK)
+    file.seek(where)
+    if not any(block):
+        return ""
+    return "cut short" if len(block) < BLOCK else f"damaged at byte {start}"
 
 
 # -------------------------------------------------------------------------------------- packing
 def pack(images, out: str | os.PathLike, shard_size: int = 10 ** 9) -> list[Path]:
     """Write pictures as they are into OUT/000000.tar, 000001.tar, ... of about shard_size bytes.
 
-    images: len(), [i] -> bytes, .name(i).  What cannot be read is named and left out. The same
-    pictures give the same bytes. Raises ValueError where OUT holds tar files already.
+    images: len(), [i] -> bytes, .name(i).  What cannot be read, or is not named like a picture, is
+    told and left out. The same pictures give the same bytes. Raises ValueError where OUT holds tar
+    files already, and where there is nothing to write.
     """
     out, paths = Path(out), []
     if list(out.glob("*.tar")):
@@ -262,6 +326,8 @@ def pack(images, out: str | os.PathLike, shard_size: int = 10 ** 9) -> list[Path
     waiting = iter(tqdm(range(len(images)), unit="picture", desc=f"to {out}",
                         mininterval=0.1 if sys.stderr.isatty() else 60))
     member = next_member(images, waiting)
+    if member is None:
+        raise ValueError("no picture could be read: nothing is written")
     while member:
         path = out / f"{len(paths):06d}.tar"
         with tarfile.open(f"{path}.tmp", "w", format=tarfile.PAX_FORMAT) as tar:
@@ -275,12 +341,15 @@ def pack(images, out: str | os.PathLike, shard_size: int = 10 ** 9) -> list[Path
 
 def next_member(images, waiting) -> tuple[tarfile.TarInfo, io.BytesIO] | None:
     for i in waiting:
+        name = images.name(i).replace(os.sep, "/")
         try:
+            if not is_picture(name):
+                raise ValueError(f"its name does not end like a picture's ({', '.join(SUFFIXES)})")
             data = images[i]
         except (OSError, ValueError) as error:
-            tqdm.write(f"left out {images.name(i)}: {error}", file=sys.stderr)
+            tqdm.write(f"left out {name}: {error}", file=sys.stderr)
             continue
-        info = tarfile.TarInfo(images.name(i).replace(os.sep, "/").lstrip("/"))
+        info = tarfile.TarInfo("/".join(p for p in name.split("/") if p not in ("", ".", "..")))
         info.size = len(data)
         return info, io.BytesIO(data)
     return None

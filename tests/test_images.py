@@ -282,18 +282,21 @@ def test_rubbish_is_replaced_named_and_counted_by_cause(tmp_path):
     (folder / "truncated.png").write_bytes(files["plain.png"][:-800])
     (folder / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n")
     (folder / "arithmetic.jpg").write_bytes(arithmetic)
-    for name in ("vanished.jpg", "unreadable.jpg"):
+    for name in ("vanished.jpg", "unreadable.jpg", "pipe.jpg"):
         (folder / name).write_bytes(b"x")
+    (folder / "endless.jpg").symlink_to("/dev/zero")
     images = open_images(folder)
     (folder / "vanished.jpg").unlink()
     (folder / "unreadable.jpg").unlink()
     (folder / "unreadable.jpg").mkdir()
+    (folder / "pipe.jpg").unlink()
+    os.mkfifo(folder / "pipe.jpg")
     stream = Stream(images, CROP, seed=0)
     faults = {fault.name: fault.cause for position in range(2 * len(images)) for fault in stream[position][2]}
     faults.pop("arithmetic.jpg", None)                  # either way
-    assert faults == {"truncated.png": "truncated", "program.png": "no picture"} | {
+    assert faults == {"truncated.png": "truncated", "program.png": "no picture", "pipe.jpg": "unreadable",
+                      "endless.jpg": "unreadable"} | {
         f"{cause}.jpg": cause for cause in [*rubbish, "vanished", "unreadable"]}
-    assert (decode(files["plain.png"]).size, 64 * 48) == ((64, 48), 3072)
     with pytest.raises(BadPicture, match="too large: 64 x 48 pixels"):
         MultiCrop(CROP.specs, max_pixels=3071)(files["plain.png"], 0)
     MultiCrop(CROP.specs, max_pixels=3072)(files["plain.png"], 0)
@@ -367,6 +370,10 @@ def test_a_list_of_paths(tmp_path):
         assert [images.name(i) for i in range(len(images))] == [line for line in lines if line]
         assert images[1] == (tmp_path / "photos" / "0000.png").read_bytes() and images[2] == (
             tmp_path / "photos" / "0001.png").read_bytes()
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfphotos/0002.png")        # as Windows' editors write it
+    assert open_images(tmp_path / "list.txt").name(0) == "photos/0002.png"
+    with pytest.raises(ValueError, match="0002.png is no list of paths"):
+        open_images(tmp_path / "photos" / "0002.png")
     (tmp_path / "none.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="no paths in"):
         open_images(tmp_path / "none.txt")

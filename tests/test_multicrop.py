@@ -83,15 +83,23 @@ def test_other_single_channels_keep_their_range(values, mode):
     numpy.testing.assert_allclose(got, expected.reshape(8, 8), atol=0.51)
 
 
-def test_all_exif_orientations_are_turned_upright():
-    upright = picture(48, 32)
+@pytest.mark.parametrize("format, options", [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True}),
+                                             ("JPEG", {"quality": 100, "subsampling": 0})])
+def test_all_exif_orientations_are_turned_upright(format, options):
+    """Decoded, and before boxes are drawn: the crops are those of the upright picture."""
+    upright, crop = picture(48, 24), MultiCrop(parse_crops("2x16@0.3-1+2x12@0.1-0.3"))
+    expected = crop(encoded(upright), seed=4)[0]
     back = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
             5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}
-    for orientation, method in back.items():    # stored as the camera held it
+    for orientation in range(1, 11):                                # stored as the camera held it
         exif = Image.Exif()
         exif[0x0112] = orientation
-        got = decode(encoded(upright.transpose(method), exif=exif))
-        numpy.testing.assert_array_equal(numpy.asarray(got), numpy.asarray(upright), str(orientation))
+        stored = upright.transpose(back[orientation]) if orientation in back else upright
+        data = encoded(stored, format, exif=exif, **options)
+        got = numpy.asarray(decode(data), int)
+        assert got.shape == (24, 48, 3) and abs(got - numpy.asarray(upright, int)).max() <= 6 * (format == "JPEG")
+        for ours, plain in zip(crop(data, seed=4)[0], expected):
+            assert (ours.int() - plain.int()).abs().max() <= 6 * (format == "JPEG"), orientation
 
 
 def test_broken_pictures_raise():
