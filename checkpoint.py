@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-VERSION = 2
+VERSION = 3
 _MARK = b"sha256:"
 
 
@@ -44,9 +44,20 @@ def save(path: str | os.PathLike, state) -> None:
         if not whole(aside):
             raise OSError(f"{path} was not written as it should be")
         os.replace(aside, path)
+        flush_folder(Path(path).parent)
     except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError on a full disk
         Path(aside).unlink(missing_ok=True)
         raise OSError(f"{path} could not be saved: {str(error).splitlines()[0]}") from None
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a renaming outlast a power cut, where folders can be flushed."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def whole(path: str | os.PathLike) -> bool:
@@ -95,14 +106,14 @@ class Writer:
 
     trunk.pt, then checkpoint.pt, whose predecessor stays as checkpoint-STEP.pt: of these the last
     `keep` - 1, and every one whose step is a multiple of `keep_every`. A save that fails leaves
-    all as it was; `error` says why, until one succeeds.
+    all as it was; `error` says why, until one succeeds, and `errors` all that went wrong.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2, keep_every: int = 0,
                  step: int | None = None):
-        """step: that of the checkpoint.pt which is there, if it is whole."""
+        """step: that of the checkpoint.pt which is there; None where there is none, or a bad one."""
         self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
-        self.step, self.error, self.thread = step, "", None
+        self.step, self.error, self.errors, self.thread = step, "", [], None
 
     def __enter__(self) -> "Writer":
         return self
@@ -138,8 +149,9 @@ class Writer:
                 step = int(path.stem.partition("-")[2])
                 if not (self.keep_every and step % self.keep_every == 0):
                     path.unlink()
-        except OSError as error:
-            self.error = str(error)
+        except Exception as error:      # a thread's errors are nobody's
+            self.error = str(error) or type(error).__name__
+            self.errors.append(self.error)
 
 
 def _snapshot(tree):

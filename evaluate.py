@@ -234,12 +234,13 @@ class Probe:
     def __init__(self, images, views: MultiCrop, photometric: Photometric, dtype=torch.float32):
         self.photometric, self.dtype = photometric, dtype
         centred = Centred(images, views.specs[0].size)
-        labelled = images.labels is not None and len(images.classes) > 1
+        labels = images.labels
+        labelled = labels is not None and len(images.classes) > 1
 
         def look(i: int):
             if labelled:
                 picture, ok = centred[i]
-                return (picture[None], torch.tensor([NEUTRAL]), int(images.labels[i])) if ok else None
+                return (picture[None], torch.tensor([NEUTRAL]), int(labels[i])) if ok else None
             try:
                 (crops,), (params,) = views(images[i], seed=i)
                 return crops, params, -1

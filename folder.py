@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 try:
@@ -46,13 +47,19 @@ def lock(folder: Path):
     return file
 
 
-def resume(config: Config, num_images: int, out: Path) -> dict | None:
-    """The state to go on from, or None. Raises ValueError where the folder holds another run."""
+def resume(config: Config, num_images: int, out: Path,
+           given: Collection[str] | None = None) -> tuple[dict | None, Config]:
+    """The state to go on from, or None; and the run's configuration.
+
+    given: names of the options that somebody asks for, which must be those of the run; all others
+    stay as the run began with. None: all. state["last"] says whether it is that of checkpoint.pt.
+    Raises ValueError where the folder holds another run.
+    """
     paths, state, faults = checkpoint.newest(out), None, []
     if not paths:
         if (out / "trunk.pt").exists() and not (out / "config.json").exists():
             raise ValueError(f"{out} holds a trunk.pt of something else; choose another --out")
-        return None
+        return None, config
     for path in paths:
         try:
             state = checkpoint.load(path)
@@ -61,23 +68,25 @@ def resume(config: Config, num_images: int, out: Path) -> dict | None:
             faults.append(str(error))
     if state is None:
         raise ValueError("; ".join(faults))
-    if not isinstance(state, dict) or state.get("version") != checkpoint.VERSION:
-        raise ValueError(f"{path} is not a checkpoint of this program's version")
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != checkpoint.VERSION:
+        raise ValueError(f"{path} is not a checkpoint of this program's version: its version is "
+                         f"{version}, the program's {checkpoint.VERSION}; finish the run with the program that began it, or "
+                         "start another from its trunk.pt (--init)")
     if faults and int(os.environ.get("RANK", 0)) == 0:
         print(f"{'; '.join(faults)}: going on from {path}", file=sys.stderr)
-    if state["num_images"] != num_images and state["config"]["data"] == config.data:
+    new = dataclasses.asdict(config)
+    old = dataclasses.asdict(Config()) | state["config"]
+    if state["num_images"] != num_images and old["data"] == config.data:
         raise ValueError(f"{out} was trained on {state['num_images']} pictures and {config.data} "
                          f"now holds {num_images}; restore them or choose another --out")
-    check_same_run(state["config"], config, out)
-    return state
-
-
-def check_same_run(old: dict, config: Config, out: Path) -> None:
-    new = dataclasses.asdict(config)
-    changed = [f"{k} was {old.get(k)}, not {v}" for k, v in new.items()
-               if k not in FREE and old.get(k, getattr(Config, k)) != v]
-    if changed:
-        raise ValueError(f"{out} holds another run ({'; '.join(changed)}); choose another --out")
+    changed = [name for name, value in new.items() if name not in FREE and old[name] != value]
+    refused = [f"{name} was {old[name]}, not {new[name]}" for name in changed
+               if given is None or name in given]
+    if refused:
+        raise ValueError(f"{out} holds another run ({'; '.join(refused)}); choose another --out")
+    return (state | {"last": path.name == "checkpoint.pt"},
+            dataclasses.replace(config, **{name: old[name] for name in changed}))
 
 
 def write_config(config: Config, out: Path) -> None:
@@ -103,15 +112,15 @@ class Log:
     """
 
     def __init__(self, path: Path, start: int):
-        kept, self.named = [], set()
+        kept, self.named, self.waiting = [], set(), b""
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 entry = json.loads(line)
                 if entry["step"] <= start:
                     kept.append(line + "\n")
                     self.named |= {bad["name"] for bad in entry["bad"]}
-            except ValueError:                      # cut off by a crash
-                break
+            except (ValueError, KeyError, TypeError):       # cut off by a crash, or not ours
+                continue
         write_whole(path, "".join(kept))
         self.file = open(path, "a")
 
@@ -123,5 +132,10 @@ class Log:
             if name not in self.named and len(self.named) < MAX_NAMED:
                 self.named.add(name)
                 entry["bad"].append({"name": name, "cause": cause, "detail": detail})
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        self.waiting += (json.dumps(entry) + "\n").encode()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[os.write(self.file.fileno(), self.waiting):]
+            os.fsync(self.file.fileno())
+        except OSError as error:                    # a full disk: with the next line
+            print(f"warning: {self.file.name} could not be written: {error}", file=sys.stderr)

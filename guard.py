@@ -4,15 +4,17 @@
         for step in steps:
             undo.remember()
             ...                                    # forward, backward
-            stop, bad = agree([signals.seen is not None, not sound(loss, model)], device)
+            stop, bad = agree([signals.seen is not None, not all(sound(...))], device)
             if bad:
                 undo.undo()
 
 All of it is the same on every rank: what one has seen, `agree` tells the others.
 """
+import ctypes
 import datetime
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -23,17 +25,23 @@ from torch import Tensor, nn
 
 INTERRUPTED = 75            # exit status of a run that a signal has ended (sysexits: try again)
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+GRACE = 5.0
+PR_SET_PDEATHSIG = 1        # of Linux' prctl: the signal that comes when the parent dies
 
 
 class Signals:
     """SIGTERM, SIGINT and SIGUSR1 are noted in `seen`, to be looked at between steps; a second one
-    does what it would do without."""
+    does what it would do without. Under torchrun only after GRACE seconds: a scheduler may signal
+    it and its ranks, and it passes on what it gets. If torchrun dies, that is a SIGTERM (Linux)."""
 
     def __init__(self):
-        self.seen, self.before = None, {}
+        self.seen, self.before, self.when = None, {}, 0.0
+        self.grace = GRACE if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():       # elsewhere it is an error
+            if self.grace and sys.platform == "linux":
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             for name in NAMES:
                 if number := getattr(signal, name, None):
                     self.before[number] = signal.signal(number, self._note)
@@ -45,10 +53,11 @@ class Signals:
         self.before = {}
 
     def _note(self, number, frame) -> None:
-        if self.seen is not None:
+        if self.seen is None:
+            self.seen, self.when = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self.when >= self.grace:
             self.__exit__()
             os.kill(os.getpid(), number)
-        self.seen = signal.Signals(number).name
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
@@ -81,16 +90,11 @@ class Undo:
             self.queue.embeddings, self.queue.filled = self.queue_before
 
 
-def sound(loss: Tensor, embeddings: Tensor, model: nn.Module, scaled: bool) -> bool:
-    """Whether a step's loss, embeddings and gradients are finite. note: a sync point.
-
-    scaled: by a GradScaler, which looks after the gradients itself, and skips such a step.
-    """
-    finite = [loss.isfinite(), embeddings.isfinite().all()]
-    if not scaled:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        finite.append(torch.stack(torch._foreach_norm(grads)).isfinite().all())
-    return bool(torch.stack(finite).all())
+def sound(loss: Tensor, embeddings: Tensor, model: nn.Module) -> list[bool]:
+    """Whether a step's loss, embeddings and gradients are finite. note: a sync point."""
+    grads = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()
+                                             if p.grad is not None]))
+    return torch.stack([x.isfinite().all() for x in (loss, embeddings, grads)]).tolist()
 
 
 def agree(values: list[float], device) -> list[float]:

@@ -372,11 +372,7 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
         # nothing to convolve; and oneDNN's bf16 gradient there is garbage (torch 2.11 and 2.15)
         raise ValueError(f"--crops {config.crops}: {size} pixels are a single one before the "
                          f"last of {config.arch}'s {stages} stages; use more than {2 ** stages}")
-    for name in ("batch_size", "queue"):
-        if getattr(config, name) % world:
-            fitting = max(1, getattr(config, name) // world) * world
-            raise ValueError(f"{flag(name)} {getattr(config, name)} is not divisible by {world} "
-                             f"processes; {fitting} is")
+    check_ranks(config, world)
     share = config.batch_size // world
     if config.micro_batch and share % config.micro_batch:
         fitting = max(n for n in range(1, min(config.micro_batch, share) + 1) if share % n == 0)
@@ -387,6 +383,15 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
             raise ValueError(f"--micro-batch 1 with {spec.count}x{spec.size} in --crops: one crop "
                              "that ends as one pixel is no batch for BatchNorm; use 2")
     return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}")
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """Raises ValueError where that many processes cannot share the batch, or the queue."""
+    for name in ("batch_size", "queue"):
+        if getattr(config, name) % world:
+            fitting = max(1, getattr(config, name) // world) * world
+            raise ValueError(f"{flag(name)} {getattr(config, name)} is not divisible by {world} "
+                             f"processes; {fitting} is")
 
 
 def explain(given: dict, world: int, images) -> str:

@@ -77,18 +77,22 @@ def board(out: Path, start: int):
     """Where TensorBoard is installed, its writer for the steps after `start`; else None."""
     try:
         from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(str(out), purge_step=start + 1)
     except ImportError:
         return None
-    return SummaryWriter(str(out), purge_step=start + 1)
+    except Exception as error:          # installed, and not whole
+        print(f"warning: TensorBoard does not work here ({error})")
 
 
-def scalars(board, entry: dict) -> None:
-    """A log entry's numbers, for TensorBoard."""
-    if board:
-        for name, value in entry.items():
+def scalars(board, entry: dict):
+    """A log entry's numbers, for TensorBoard; returns the board, or None if it has failed."""
+    try:
+        for name, value in entry.items() if board else ():
             if isinstance(value, int | float):
                 board.add_scalar(name, value, entry["step"])
-        board.flush()
+        return board
+    except Exception as error:          # its own thread's: a full disk
+        print(f"warning: TensorBoard has failed ({error}); log.jsonl goes on")
 
 
 class Watchdog:
@@ -187,7 +191,8 @@ def curves(path: Path, runs: Sequence[str | Path]) -> None:
     for run in map(Path, runs):
         try:
             config = json.loads((run / "config.json").read_text())["config"]
-            log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+            written = (run / "log.jsonl").read_text().splitlines(keepends=True)
+            log = [json.loads(line) for line in written if line.endswith("\n")]     # not one cut off
             log = [entry for entry in log if "loss" in entry]       # not that of a skipped step
             lines.append((run.name, log, *([entry[key] for entry in log]
                                            for key in ("step", "loss", "prototypes_used"))))

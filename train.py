@@ -46,14 +46,16 @@ from demo import DemoImages
 from images import NoReadablePicture, Positions, Stream, collate, open_images, permute
 from larc import LARC
 from multicrop import MultiCrop, Photometric, parse_crops
-from recipes import (MACHINE, Config, configure, explain, flag, parse_arguments, parse_channels,
-                     parse_head, with_length)
+from recipes import (MACHINE, Config, check_ranks, configure, explain, flag, parse_arguments,
+                     parse_channels, parse_head, with_length)
 from scale import build_model, layout, pick_device, pick_precision, swav_backward, wrap
 from swav import Queue, SwAV, collapse_statistics, swav_codes
 
 SHEET = 2048                # pictures from which the sheet of prototypes is drawn
 MAX_BAD_SHARE = 0.1         # of the pictures read so far; above it the run ends
-REMEDY = "lower --lr, or use --precision fp32; the last good checkpoint was kept"
+REMEDY = ("the last good checkpoint was kept: --init {0}/checkpoint.pt with another --out and a lower "
+          "--lr, or --precision fp32")
+STUCK = 900                 # seconds without a picture from the workers, after which the run ends
 
 
 # ---------------------------------------------------------------------------------- one step
@@ -91,9 +93,9 @@ class Interrupted(Exception):
     """A signal came; the run was saved."""
 
 
-def setup(config: Config, images) -> SimpleNamespace:
+def setup(config: Config, images, given=None) -> SimpleNamespace:
     """Everything the loop needs. Raises ValueError for what cannot be used; writes nothing before
-    that is known."""
+    that is known. given: names of the options that were asked for, as folder.resume takes them."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype = pick_precision(config.precision, device)
@@ -102,19 +104,29 @@ def setup(config: Config, images) -> SimpleNamespace:
         guard.join("nccl" if device.type == "cuda" else "gloo",
                    datetime.timedelta(minutes=60 if config.init else 10))
 
-    config = with_length(config, len(images))
+    # first the folder: what it holds must not change any more
+    config, held, errors = with_length(config, len(images)), None, []
+    out = Path(config.out)
+    if rank == 0 and out.exists():
+        try:
+            held = folder.lock(out)
+        except (ValueError, OSError) as error:
+            errors = [str(error)]
+    if errors := gather_lists(errors):
+        raise ValueError(errors[0])
+    state, config = folder.resume(config, len(images), out, given)
+    check_ranks(config, world)
+    start = state["step"] if state else 0
+    if len(set(gather_lists([(config, start)]))) > 1:
+        raise ValueError(f"the ranks do not see the same pictures, or not the same "
+                         f"{out}/checkpoint.pt; both must be shared")
+
     specs = parse_crops(config.crops)
     crop = MultiCrop(specs, config.strength_at, gray=config.gray, blur=config.blur,
                      max_pixels=config.max_pixels)
     stream = Stream(images, crop, config.seed)
     stream[0]                                   # a folder without one readable picture fails here
 
-    out = Path(config.out)
-    state = folder.resume(config, len(images), out)
-    start = state["step"] if state else 0
-    if len(set(gather_lists([(config, start)]))) > 1:
-        raise ValueError(f"the ranks do not see the same pictures, or not the same "
-                         f"{out}/checkpoint.pt; both must be shared")
     config = plan.fit(config, world, min(gather_lists([plan.memory_of(device)])), dtype)
     model = fresh_model(config, device)
     if config.init and not state:
@@ -129,13 +141,13 @@ def setup(config: Config, images) -> SimpleNamespace:
     if state:
         checkpoint.load_run_state(state, model, optimizer, scaler, queue)
 
-    held, probe, errors = None, None, []
+    probe = None
     if rank == 0:
         try:
             if config.probe:
                 probe = open_probe(config, device, dtype)
             out.mkdir(parents=True, exist_ok=True)
-            held = folder.lock(out)
+            held = held or folder.lock(out)
             report.start(config, images, world, device, dtype, start)
             folder.write_config(config, out)
         except (ValueError, OSError) as error:
@@ -143,7 +155,7 @@ def setup(config: Config, images) -> SimpleNamespace:
     if errors := gather_lists(errors):
         raise ValueError(errors[0])
     return SimpleNamespace(
-        lock=held, probe=probe, batches=None, pending=(state or {}).get("pending", {
+        lock=held, probe=probe, batches=None, last=bool(state and state["last"]), pending=(state or {}).get("pending", {
             "bad": [], "bad_total": 0, "skipped": 0, "in_a_row": 0}),
         config=config, out=out, start=start, rank=rank, world=world, device=device, dtype=dtype,
         specs=specs, stream=stream, model=model, wrapped=wrapped,
@@ -161,10 +173,12 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
     # on a CPU the workers distort too: they have time to spare, the computing threads have none
     pieces = config.batch_size // run.world // config.micro_batch
     in_workers = device.type == "cpu" and pieces == 1       # of several, one is float at a time
+    workers = share_processors(config, device)
     loader = DataLoader(run.stream, batch_sampler=positions,
                         collate_fn=distort.collate if in_workers else collate,
-                        num_workers=share_processors(config, device),
+                        num_workers=workers,
                         worker_init_fn=guard.leave_signals_to_the_parent,
+                        timeout=STUCK if workers else 0,
                         pin_memory=device.type == "cuda")
     log, watchdog = folder.Log(out / "log.jsonl", start) if main else None, report.Watchdog(config)
     board = report.board(out, start) if main else None
@@ -191,7 +205,10 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
                                   for c, p in zip(crops, params)])
         waited += time.perf_counter() - wait
         if main and step == 0:
-            report.views(out / "views.png", distort(micro_batches[0]), run.specs, mean, std)
+            try:
+                report.views(out / "views.png", distort(micro_batches[0]), run.specs, mean, std)
+            except OSError as error:
+                tqdm.write(f"warning: views.png could not be written: {error}")
 
         # forward, codes, loss, backward
         undo.remember()
@@ -203,24 +220,30 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
             model.freeze_prototypes()
 
         # is it sound, is there a signal? note: a sync point, and with several ranks a collective
-        whole = guard.sound(loss, embeddings, model, scaler.is_enabled())
-        origin = 0 if whole or embeddings.isfinite().all() else run.world - run.rank
-        stop, bad_step, origin = guard.agree([signals.seen is not None, not whole, origin], device)
+        scaler.unscale_(optimizer)
+        sound_loss, sound_mine, sound_gradients = guard.sound(loss, embeddings, model)
+        # a scale that is too large for float16 is no fault: the scaler lowers it
+        overflow = sound_loss and not sound_gradients and scaler.is_enabled() and \
+            scaler.get_scale() > 1
+        sound = sound_loss and sound_mine and (sound_gradients or overflow)
+        origin = 0 if sound_mine else run.world - run.rank      # the others know of it by the codes
+        stop, bad_step, overflow, origin = guard.agree(
+            [signals.seen is not None, not sound, overflow, origin], device)
 
         # step, normalise; or as if it had not been
         done = step + 1
-        if bad_step:
+        if bad_step or overflow:
             undo.undo()
-            skipped, in_a_row = skipped + 1, in_a_row + 1
+            skipped, in_a_row = skipped + bool(bad_step), in_a_row + bool(bad_step)
             if in_a_row >= config.max_bad_steps:
                 where = f" on rank {run.world - int(origin)}" * (origin > 0)
                 raise Stop(f"{in_a_row} steps in a row, the last of them {done}, had a loss or "
-                           f"gradients that are not finite{where}: {REMEDY}")
+                           f"gradients that are not finite{where}; {REMEDY.format(out)}")
         else:
             in_a_row = 0
             scaler.step(optimizer)
-            scaler.update()
             model.normalize_prototypes()
+        scaler.update()
 
         # log
         probing = config.probe and (done % probe_every == 0 or done == config.steps)
@@ -242,10 +265,12 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
                           "memory_gb": plan.peak_memory(device) / 1e9}
                 if probing:
                     entry |= run.probe(model.trunk)
+                entry["failed_saves"], writer.errors = writer.errors, []
                 log.write(entry, bad_pictures)
-                report.scalars(board, entry)
-                if writer.error:
-                    tqdm.write(f"warning: {writer.error}; the run goes on, and tries again")
+                board = report.scalars(board, entry)
+                for error in entry["failed_saves"]:
+                    tqdm.write(f"warning: {error}; the run goes on, and tries again",
+                               file=sys.stderr)
                 if not bad_step:
                     report.progress(steps, entry, config)
                     watchdog.look(entry)
@@ -258,7 +283,7 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
         if done % config.save_every == 0 or done == config.steps or stop:
             norms = torch.stack(torch._foreach_norm(list(model.parameters())))
             if not norms.isfinite().all():      # the same on all ranks
-                raise Stop(f"the weights are not finite at step {done}: {REMEDY}")
+                raise Stop(f"the weights are not finite at step {done}; {REMEDY.format(out)}")
             state = checkpoint.run_state(done, dataclasses.asdict(config), len(run.stream.images),
                                          model, optimizer, scaler, queue)
             state["pending"] = {"bad": list(map(tuple, gather_lists(bad_pictures))), "bad_total": bad_total,
@@ -323,7 +348,7 @@ def open_probe(config: Config, device: torch.device, dtype: torch.dtype) -> eval
     if all(Path(config.probe, split).is_dir() for split in ("train", "val")):
         raise ValueError(f"--probe {config.probe} holds train and val; name one of them")
     views = MultiCrop([parse_crops(config.crops)[0]._replace(count=2)], config.strength,
-                      gray=config.gray, blur=config.blur)
+                      gray=config.gray, blur=config.blur, max_pixels=config.max_pixels)
     photometric = Photometric(parse_channels(config.mean), parse_channels(config.std)).to(device)
     return evaluate.Probe(open_images(config.probe), views, photometric, dtype)
 
@@ -399,7 +424,9 @@ def look_back(run: SimpleNamespace) -> None:
     embed = torch.nn.Sequential(model.trunk, model.head)
     embeddings, _ = evaluate.extract_features(embed, shown, **options)           # (N, D)
     scores = F.normalize(embeddings, dim=1) @ model.prototypes.weight.detach().cpu().t()
-    report.prototypes(run.out / "prototypes.png", scores, torch.stack([x for x, _ in shown]))
+    aside = run.out / "prototypes.tmp.png"          # the last file of all: with it, a run is finished
+    report.prototypes(aside, scores, torch.stack([x for x, _ in shown]))
+    os.replace(aside, run.out / "prototypes.png")
 
 
 def fail(error: Exception) -> None:
@@ -411,32 +438,36 @@ def fail(error: Exception) -> None:
     sys.exit(2)
 
 
-def launch(config: Config, images, rank: int) -> SimpleNamespace:
+def launch(config: Config, images, given) -> SimpleNamespace:
     """One run, from its setup to its last step."""
     try:
-        run = setup(config, images)
-    except (ValueError, OSError) as error:
+        run = setup(config, images, given)
+    except (ValueError, OSError, dist.DistError) as error:
         fail(error)
     try:
         if run.start < run.config.steps:
             config = run.config
             with guard.Signals() as signals, checkpoint.Writer(
-                    run.out, config.keep, config.keep_every, run.start or None) as writer:
+                    run.out, config.keep, config.keep_every,
+                    run.start if run.last else None) as writer:
                 train(run, signals, writer)
     except (Stop, NoReadablePicture) as error:
         fail(error)
     except Interrupted as error:
-        if rank == 0:
+        if run.rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(guard.INTERRUPTED)
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):       # it names the process
+        if "DataLoader" in str(error):              # it names the process, or says "timed out"
             fail(error)
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             fail(Stop(f"another rank is gone, or does not answer ({error})"))
         raise
     finally:                        # or Python would wait for them, who leave signals to it
         getattr(run.batches, "_shutdown_workers", lambda: None)()
+        for worker in getattr(run.batches, "_workers", []):
+            if worker.is_alive():       # stuck in a file system
+                worker.kill()
     return run
 
 
@@ -469,7 +500,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:     # the same on all ranks: one speaks
         sys.exit(2) if rank else fail(error)
     try:
-        run = launch(config, images, rank)
+        run = launch(config, images, given.keys())
         if dist.is_initialized():
             dist.barrier()      # leave together: a rank left behind was seen to hang in gloo
     finally:
