@@ -1,58 +1,67 @@
-"""Measure what a trunk has learned, on pictures in class folders.
+"""Measure what a trunk has learned, as SEER did.
 
     python evaluate.py knn runs/demo-regnety_100mf                       # on the demo pictures
-    python evaluate.py knn runs/mine/checkpoint.pt --data flowers/       # flowers/train/CLASS/*.jpg
-    python evaluate.py linear random --arch regnety_400mf --data flowers/   # flowers/val/CLASS/
+    python evaluate.py linear runs/mine/checkpoint.pt --data flowers/    # flowers/train/CLASS/*.jpg
+    python evaluate.py lowshot seer_regnety_32gf --data flowers/         # flowers/val/CLASS/*.jpg
+    torchrun --nproc_per_node 8 evaluate.py finetune runs/mine --data flowers/ --labels 0.1
+    python evaluate.py classify runs/finetuned --data flowers/val
+    python evaluate.py features runs/mine --data photos/ --out features.npy
+    python evaluate.py clusters runs/mine --data photos/ --out clusters.csv --sheet sheet.png
 
-CHECKPOINT is a run's folder, its checkpoint.pt or its trunk.pt, any other file or official name
-that weights.py knows, or `random` for an untrained network. The last line on stdout is one JSON
-object; progress goes to stderr. Each picture goes through the trunk once; all that follows works on
-its pooled features.
+CHECKPOINT is a run's folder, its checkpoint.pt or trunk.pt, any other file or official name that
+weights.py knows, or `random` for an untrained network. The last line on stdout is one JSON object,
+which is also appended to results.jsonl beside the checkpoint; progress goes to stderr.
 
-knn: each val picture is classed by its k nearest train pictures in cosine similarity, with votes
-exp(similarity / temperature) (arXiv 1805.01978, section 3.4).
-linear: logistic regression on standardised features by L-BFGS; its weight decay is the one that
-does best on a fifth of the train pictures when fitted on the others.
+knn: votes of the nearest training pictures, for each of several k and temperatures.
+linear: logistic regression on frozen features at each of several depths, or with --sgd VISSL's
+recipe.  lowshot: linear SVMs on k pictures a class, drawn several times.
+finetune: the whole network, on all labels or some.  classify: what that gave, or an official one.
+features: of every picture, to a memory-mapped file.  clusters: each picture's nearest prototype.
 
-Shapes: N pictures, C features.
+Shapes: N pictures, C features, K classes or prototypes.
 """
 import argparse
+import hashlib
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Sequence
 
-import numpy
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import functional as TF
-from tqdm import tqdm
+from torch.utils.data import Subset
 
+import export
+import finetune
+import guard
+import report
 import weights
-from demo import DemoImages
-from images import open_images, permute
-from multicrop import (IMAGENET_MEAN, IMAGENET_STD, NEUTRAL, MultiCrop, Photometric, decode,
-                       parse_crops)
-from recipes import parse_channels
-from scale import TRUNKS, build_trunk
+from classifiers import linear_probe, mean_precision, neighbours, per_cent, svm_scores, vote
+from images import mix, open_images, permute
+from labelled import Centred, Depths, Labelled, extract, is_main, open_labelled, open_splits
+from multicrop import parse_crops
+from recipes import hyphens, parse_channels
+from scale import PRECISIONS, TRUNKS, build_trunk, pick_device, pick_precision
+from swav import SwAV
 
-PROBED = 1024                            # pictures, at most, that a run is measured on
-WEIGHT_DECAYS = [10.0 ** exponent for exponent in range(0, -7, -1)]      # of the linear probe
+TILE = 96                                # pixels of a picture in a sheet
+PRODUCTS = ("trunk.pt", "best.pt", "last.pt")
+SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)     # pictures a class (VISSL's low-shot SVMs)
 
 
-def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[nn.Module, dict]:
+def load_trunk(source: str, arch: str = "",
+               seed: int = 0) -> tuple[nn.Module, dict, weights.Loaded | None]:
     """Anything weights.py reads (a run's folder, a file in any layout, an official name), or
-    "random" -> trunk in eval mode, the run's configuration ({} where there is none). arch: of
-    random. Raises ValueError where there is no trunk, or none that is known."""
+    "random" -> trunk in eval mode, the run's configuration ({} where there is none), and what the
+    file holds. arch: of random. Raises ValueError where there is no trunk, or none that is known."""
     if source == "random":
         if arch not in TRUNKS:
             raise ValueError(f"random needs --arch, one of {', '.join(sorted(TRUNKS))}")
         torch.manual_seed(seed)
-        return build_trunk(arch).eval(), {}
+        return build_trunk(arch).eval(), {}, None
     if source in weights.OFFICIAL and arch not in ("", weights.OFFICIAL[source].arch):
         raise ValueError(f"{source} is of {weights.OFFICIAL[source].arch}, not {arch}")
     loaded = weights.read(source)
@@ -64,12 +73,12 @@ def load_trunk(source: str, arch: str = "", seed: int = 0) -> tuple[nn.Module, d
         trunk = build_trunk(*known)
     weights.load_weights(trunk, loaded)
     config, beside = loaded.config, loaded.path.parent / "config.json"
-    if not config and loaded.path.name == "trunk.pt" and beside.exists():
+    if not config and loaded.path.name in PRODUCTS and beside.exists():
         try:
             config = json.loads(beside.read_text())["config"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{beside} is damaged: move it away") from None
-    return trunk.eval(), config
+    return trunk.eval(), config, loaded
 
 
 def normalisation(config: dict) -> dict:
@@ -77,251 +86,387 @@ def normalisation(config: dict) -> dict:
     return {name: parse_channels(config[name]) for name in ("mean", "std") if name in config}
 
 
-class Centred(Dataset):
-    """Picture i -> its centre, uint8 (3, size, size), and whether it could be read.
 
-    The short side is resized to size / crop_ratio, then a square of `size` is cut from the middle
-    (published protocols: 256 and 224).
-    """
+# ------------------------------------------------------------------------------ from the commands
+class Given:
+    """What a command line gives to a protocol: the checkpoint, the pictures, and how to show them."""
 
-    def __init__(self, images, size: int, crop_ratio: float = 0.875):
-        self.images, self.size, self.resize = images, size, round(size / crop_ratio)
+    def __init__(self, args: argparse.Namespace):
+        self.left_out = 0
+        self.args, self.device = args, pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+        source = Path(args.checkpoint)
+        if source.is_dir():             # of a run of train.py, or of finetune
+            source = source / {"clusters": "checkpoint.pt", "classify": "best.pt"}.get(
+                args.what, "trunk.pt")
+        self.source = str(source)
+        self.trunk, self.config, self.loaded = load_trunk(self.source, args.arch, args.seed)
+        recipe = self.config.get("recipe")              # of finetune: a dictionary
+        shown = recipe if isinstance(recipe, dict) else {}
+        first = parse_crops(self.config["crops"])[0].size if "crops" in self.config else 224
+        self.size = args.size or shown.get("size", first)
+        self.ratio = shown.get("crop_ratio", 0.875 if args.data else 1.0)
+        self.ratio = self.ratio if args.crop_ratio is None else args.crop_ratio
+        self.bicubic = shown.get("bicubic", False) if args.bicubic is None else args.bicubic
+        self.channels = normalisation(self.config)
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def splits(self, several: bool = False) -> tuple[Labelled, Labelled]:
+        train, val = open_splits(self.args.data)
+        if not several and (train.several or val.several):
+            raise ValueError(f"{self.args.what} needs pictures with one label each")
+        return train, val
 
-    def __getitem__(self, i: int) -> tuple[Tensor, bool]:
-        try:
-            image = decode(self.images[i])
-        except Exception as error:           # decoders raise nearly anything on damaged files
-            print(f"left out {self.images.name(i)}: {error}", file=sys.stderr)
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
-        return TF.pil_to_tensor(TF.center_crop(TF.resize(image, self.resize), self.size)), True
+    def centred(self, images) -> Centred:
+        return Centred(images, self.size, self.ratio, self.bicubic)
 
+    def features(self, network: nn.Module, labelled: Labelled) -> tuple[list[Tensor], Labelled]:
+        """Outputs for the pictures that could be read, and these pictures."""
+        outputs, ok = extract(network, self.centred(labelled.images), device=self.device,
+                              workers=self.args.workers, **self.channels)
+        kept = Subset(labelled.images, ok.nonzero()[:, 0].tolist())
+        return [x[ok] for x in outputs], Labelled(kept, labelled.is_of[ok], labelled.classes)
 
-@torch.no_grad()
-def extract_features(trunk: nn.Module, pictures: Sequence[tuple[Tensor, bool]], device="cpu",
-                     batch_size: int = 256, workers: int = 0, mean=IMAGENET_MEAN,
-                     std=IMAGENET_STD) -> tuple[Tensor, Tensor]:
-    """Features (N, C), float32 on the CPU, and which of the N pictures could be read (N,).
+    def both(self, depths: Sequence[str], several: bool = False):
+        """Features of the training and of the val pictures, at each depth."""
+        splits, network = self.splits(several), Depths(self.trunk, depths)
+        both = [self.features(network, labelled) for labelled in splits]
+        self.left_out = sum(len(s.images) for s in splits) - sum(len(s.is_of) for _, s in both)
+        return both
 
-    pictures: a Centred dataset, or a list of what it gives. mean, std: those of the pretraining.
-    """
-    trunk = trunk.to(device).eval()
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
-    features, readable = [], []
-    loader = DataLoader(pictures, batch_size, num_workers=workers)
-    for images, ok in tqdm(loader, desc="features", disable=not sys.stderr.isatty()):
-        x = (images.to(device).float() / 255 - mean) / std
-        features.append(trunk(x).float().cpu())
-        readable.append(ok)
-    return torch.cat(features), torch.cat(readable)
+    def name(self) -> str:
+        """Of the network, as part of a folder's name."""
+        path = self.loaded.path if self.loaded else Path("random")
+        return path.parent.name if path.name in PRODUCTS + ("checkpoint.pt",) else path.stem
 
+    def digest(self) -> str | None:
+        """SHA-256 of the checkpoint's file, its first 16 digits."""
+        if self.loaded is None:
+            return None
+        with open(self.loaded.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
-class Labelled(NamedTuple):
-    features: Tensor                     # (N, C)
-    labels: Tensor                       # (N,)
-
-
-def labelled_features(trunk: nn.Module, images, pictures, **options) -> Labelled:
-    """Features and labels of the pictures that could be read; options: of extract_features.
-
-    Raises ValueError where there are no labels, or no readable picture.
-    """
-    if images.labels is None:
-        raise ValueError("needs pictures in class folders: train/CLASS/, val/CLASS/")
-    features, ok = extract_features(trunk, pictures, **options)
-    if not ok.any():
-        raise ValueError("no picture could be read")
-    return Labelled(features[ok], torch.as_tensor(numpy.asarray(images.labels))[ok])
-
-
-def per_cent(predicted: Tensor, labels: Tensor) -> float:
-    return round(100 * (predicted == labels).float().mean().item(), 2)
-
-
-# ------------------------------------------------------------------------------------ protocols
-def knn(features: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.1,
-        chunk: int = 1024) -> Tensor:
-    """Weighted nearest neighbours: (N, C), (N,), (M, C) -> predicted labels (M,)."""
-    features, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
-    one_hot = F.one_hot(labels).float()                                  # (N, classes)
-    predictions = []
-    for some in queries.split(chunk):
-        similarity, nearest = (some @ features.t()).topk(min(k, len(features)))     # (m, k)
-        votes = (similarity / temperature).exp().unsqueeze(2) * one_hot[nearest]
-        predictions.append(votes.sum(1).argmax(1))
-    return torch.cat(predictions)
+    def told(self, train: Labelled | None, val: Labelled) -> dict:
+        return {"train": len(train.is_of) if train else 0, "val": len(val.is_of),
+                "left_out": self.left_out}
 
 
-def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: float,
-               start: Tensor | None = None, tolerance: float = 1e-5,
-               max_iterations: int = 500) -> Tensor:
-    """Minimise mean cross-entropy + weight_decay / 2 * |W|^2 by L-BFGS, in the features' dtype.
-
-    features: (N, C).  start: weights to begin from.  tolerance: largest entry of the gradient at
-    which it ends.  Returns (C + 1, classes): W, and below it the biases, which do not decay.
-    """
-    weights = torch.zeros(features.shape[1] + 1, classes).to(features) if start is None else start
-    weights = weights.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=max_iterations, tolerance_grad=tolerance,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        decay = weight_decay / 2 * weights[:-1].square().sum()
-        loss = F.cross_entropy(linear(features, weights), labels) + decay
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weights.detach()
-
-
-def linear(features: Tensor, weights: Tensor) -> Tensor:
-    """(N, C), (C + 1, classes) -> logits (N, classes)."""
-    return torch.addmm(weights[-1], features, weights[:-1])
+def run_knn(given: Given) -> dict:
+    args = given.args
+    if min(args.k) < 1 or not min(args.temperature) > 0:
+        raise ValueError("knn needs --k of at least 1 and --temperature above 0")
+    ((features,), train), ((queries,), val) = given.both(["avgpool"])
+    similarity, nearest = neighbours(features, queries, max(args.k))
+    rows, predictions = [], []
+    for k in args.k:
+        for temperature in args.temperature:
+            predictions.append(vote(similarity[:, :k], train.labels[nearest[:, :k]], temperature,
+                                    len(train.classes)))
+            rows.append({"k": k, "temperature": temperature,
+                         "top1": per_cent(predictions[-1], val.labels)})
+    if args.sheet and is_main():
+        chosen = [permute(i, len(val.is_of), 0) for i in range(min(args.rows, len(val.is_of)))]
+        right = predictions[0] == val.labels
+        blank = torch.full((3, TILE, TILE), 255, dtype=torch.uint8), None
+        report.sheet(Path(args.sheet), [
+            [tile(given, val.images, i, bool(right[i])), blank,
+             *(tile(given, train.images, j, bool(train.labels[j] == val.labels[i]))
+               for j in nearest[i, :args.columns].tolist())] for i in chosen])
+    return rows[0] | given.told(train, val) | ({"all": rows} if len(rows) > 1 else {})
 
 
-def linear_probe(features: Tensor, labels: Tensor, queries: Tensor,
-                 decays: Sequence[float] = WEIGHT_DECAYS) -> tuple[Tensor, float]:
-    """Logistic regression: (N, C), (N,), (M, C) -> predicted labels (M,), chosen weight decay.
-
-    A fifth of the training pictures, drawn at random, chooses the weight decay (of equals, the
-    largest); then all of them are fitted with it. Raises ValueError for fewer than 5 pictures.
-    """
-    if len(features) < 5:
-        raise ValueError(f"linear needs at least 5 training pictures, not {len(features)}")
-    mean, std = features.mean(0), features.std(0)
-    std = torch.where(std > 1e-6 * std.max(), std, 1.0)      # a constant feature says nothing
-    x, queries = (features - mean) / std, (queries - mean) / std
-    classes = int(labels.max()) + 1
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held_out, rest = order[:len(x) // 5], order[len(x) // 5:]
-    part, part_labels, held_out_x = x[rest], labels[rest], x[held_out]
-    weights, best = None, (-1.0, 0.0, None)             # of equals the first, the largest decay
-    for decay in sorted(decays, reverse=True):          # each fit begins where the last one ended
-        weights = fit_linear(part, part_labels, classes, decay, weights)
-        top1 = per_cent(linear(held_out_x, weights).argmax(1), labels[held_out])
-        best = max(best, (top1, decay, weights), key=lambda entry: entry[0])
-    _, decay, weights = best
-    return linear(queries, fit_linear(x, labels, classes, decay, weights)).argmax(1), decay
+def tile(given: Given, images, i: int, right: bool | None = None) -> tuple[Tensor, bool | None]:
+    """A picture as it is shown in a sheet, and its mark."""
+    return Centred(images, TILE, given.ratio)[i][0], right
 
 
-def accuracy(protocol: str, train: Labelled, val: Labelled, k: int = 20,
-             temperature: float = 0.1) -> tuple[float, dict]:
-    """protocol: knn or linear -> top-1 on val in per cent, and the settings it was reached with."""
-    if protocol == "knn":
-        predicted = knn(*train, val.features, k, temperature)
-        settings = {"k": k, "temperature": temperature}
+def run_linear(given: Given) -> dict:
+    if given.args.sgd:
+        return run_linear_sgd(given)
+    (outputs, train), (queries, val) = given.both(given.args.depths)
+    rows = []
+    for depth, x, q in zip(given.args.depths, outputs, queries):
+        predicted, decay = linear_probe(x, train.labels, q)
+        rows.append({"depth": depth, "top1": per_cent(predicted, val.labels), "weight_decay": decay})
+    best = max(rows, key=lambda row: row["top1"])
+    return best | given.told(train, val) | ({"all": rows} if len(rows) > 1 else {})
+
+
+def run_linear_sgd(given: Given) -> dict:
+    """VISSL's: random crops, SGD, a BatchNorm before each linear layer."""
+    args, (train, val) = given.args, given.splits()
+    depths = Depths(given.trunk, args.depths)
+    with torch.no_grad():
+        widths = [x.shape[1] for x in depths(torch.zeros(2, 3, given.size, given.size))]
+    torch.manual_seed(args.seed)
+    model = finetune.Probes(depths, widths, len(train.classes))
+    last, best, recipe = trained(given, model, train, val, "linear")
+    rows = [{"depth": depth, "top1": top1, "best": most}
+            for depth, top1, most in zip(args.depths, last, best)]
+    return (max(rows, key=lambda row: row["top1"]) | {"train": len(train.images), "val": len(val.images),
+            "all": rows, "recipe": recipe._asdict()})
+
+
+def trained(given: Given, model: nn.Module, train: Labelled, val: Labelled, recipe: str):
+    """finetune.fit with the command line's changes to a recipe."""
+    args = given.args
+    changes = {"size": args.size or None, "epochs": args.epochs, "lr": args.lr,
+               "batch_size": args.batch_size, "crop_ratio": args.crop_ratio, "bicubic": args.bicubic}
+    if given.size < 224:                # small pictures: at the size of the pretraining, and larger
+        changes |= {"size": given.size, "crop_ratio": given.ratio, "area": 0.25}         # areas
+    changes["area"] = args.area or changes.get("area")
+    published = finetune.RECIPES[recipe].batch_size     # few pictures: at least eight steps an epoch
+    changes["batch_size"] = args.batch_size or min(published, max(8, len(train.images) // 8))
+    recipe = finetune.RECIPES[recipe]._replace(
+        **{name: value for name, value in changes.items() if value is not None})
+    out = Path(args.out or f"runs/{args.what}-{given.name()}")
+    last, best = finetune.fit(model, train, val, recipe, out, given.device,
+                              pick_precision(args.precision, given.device), args.workers, args.seed,
+                              **given.channels)
+    return last, best, recipe
+
+
+def run_finetune(given: Given) -> dict:
+    args, (train, val) = given.args, given.splits(several=True)
+    few = args.labels not in ("", "1")
+    train = some_labels(train, args.labels) if few else train
+    torch.manual_seed(args.seed)
+    model = finetune.Finetuned(given.trunk, len(train.classes))
+    (last,), (best,), recipe = trained(given, model, train, val, args.recipe or ("few" if few else "finetune"))
+    what = "map" if train.several else "top1"
+    return {what: last, "best": best, "train": len(train.images), "val": len(val.images),
+            "labels": args.labels or "1", "recipe": recipe._asdict()}
+
+
+def some_labels(train: Labelled, labels: str) -> Labelled:
+    """A share of each class, at least one picture, the same at each call; or those whose file names
+    a list has, one a line (SimCLR's lists for ImageNet)."""
+    if Path(labels).is_file():
+        wanted = {os.path.basename(line.strip()) for line in open(labels, encoding="utf-8")}
+        chosen = [i for i in range(len(train.images))
+                  if os.path.basename(train.images.name(i)) in wanted]
+        if not chosen:
+            raise ValueError(f"{labels} names none of the training pictures")
     else:
-        predicted, decay = linear_probe(*train, val.features)
-        settings = {"weight_decay": decay}
-    return per_cent(predicted, val.labels), settings
+        try:
+            share = float(labels)
+            if not 0 < share <= 1:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"--labels {labels} is neither a share, as 0.01, nor a list") from None
+        chosen = []
+        for k in range(len(train.classes)):
+            members = train.is_of[:, k].nonzero()[:, 0].tolist()
+            members.sort(key=lambda i: mix(i, 0))
+            chosen += members[:max(1, round(share * len(members)))]
+        chosen = sorted(set(chosen))
+    return Labelled(Named(train.images, chosen), train.is_of[chosen], train.classes)
 
 
-class Probe:
-    """What a trunk knows, in one number, while it trains. The pictures are decoded once.
+class Named(Subset):
+    """Some of the pictures, with their names."""
 
-    images: in class folders: {"knn": per cent of their second half that the votes of the first half
-    class aright}; else {"retrieved": per cent of the pictures of which one distorted view is nearest
-    to the other one, among the other views of all}.
-    views: what cuts and distorts them, a MultiCrop of two crops of one size.
-    photometric: on the device of the trunk.  dtype: of autocast.
-    Raises ValueError where fewer than two pictures can be read.
-    """
-
-    def __init__(self, images, views: MultiCrop, photometric: Photometric, dtype=torch.float32):
-        self.photometric, self.dtype = photometric, dtype
-        centred = Centred(images, views.specs[0].size)
-        labels = images.labels
-        labelled = labels is not None and len(images.classes) > 1
-
-        def look(i: int):
-            if labelled:
-                picture, ok = centred[i]
-                return (picture[None], torch.tensor([NEUTRAL]), int(labels[i])) if ok else None
-            try:
-                (crops,), (params,) = views(images[i], seed=i)
-                return crops, params, -1
-            except Exception as error:           # decoders raise nearly anything on damaged files
-                print(f"left out {images.name(i)}: {error}", file=sys.stderr)
-
-        some = [permute(i, len(images), 0) for i in range(min(PROBED, len(images)))]
-        with ThreadPoolExecutor() as pool:
-            seen = [one for one in pool.map(look, some) if one]
-        if len(seen) < 2:
-            raise ValueError("a probe needs at least two pictures that can be read")
-        crops, params, labels = zip(*seen)
-        self.crops, self.params = torch.cat(crops), torch.cat(params)    # (N or 2N, 3, s, s)
-        self.labels = torch.tensor(labels) if labelled else None
-
-    @torch.no_grad()
-    def __call__(self, trunk: nn.Module) -> dict[str, float]:
-        training, device, features = trunk.training, self.photometric.mean.device, []
-        trunk.eval()
-        for crops, params in zip(self.crops.split(64), self.params.split(64)):
-            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                features.append(trunk(self.photometric(crops.to(device), params)).float().cpu())
-        trunk.train(training)
-        features = torch.cat(features)
-        if self.labels is not None:
-            half = len(features) // 2
-            predicted = knn(features[:half], self.labels[:half], features[half:])
-            return {"knn": per_cent(predicted, self.labels[half:])}
-        one, other = F.normalize(features, dim=1).unflatten(0, (-1, 2)).unbind(1)        # (N, C)
-        return {"retrieved": per_cent((one @ other.t()).argmax(1), torch.arange(len(one)))}
+    def name(self, i: int) -> str:
+        return self.dataset.name(self.indices[i])
 
 
-def open_splits(data: str):
-    """A folder with train/ and val/ class folders, or "" for the demo pictures -> two datasets."""
-    if not data:
-        return DemoImages("train"), DemoImages("val")
-    train, val = open_images(Path(data) / "train"), open_images(Path(data) / "val")
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"train/ and val/ of {data} differ in their class folders: {odd[:5]}")
-    return train, val
+def run_lowshot(given: Given) -> dict:
+    args = given.args
+    (outputs, train), (queries, val) = given.both(args.depths, several=True)
+    several = train.several or val.several
+    what, rows = "map" if several else "top1", []
+    counts = train.is_of.sum(0)
+    for depth, x, q in zip(args.depths, outputs, queries):
+        for shots in args.shots:
+            if shots > counts.min():
+                continue
+            values = []
+            for draw in range(args.draws):
+                some = drawn(train.is_of, shots, mix(args.seed, shots, draw))
+                scores, _ = svm_scores(x[some], train.is_of[some], q)
+                values.append(mean_precision(scores, val.is_of) if several else
+                              per_cent(scores.argmax(1), val.labels))
+            values = torch.tensor(values, dtype=torch.float64)
+            rows.append({"depth": depth, "shots": shots, what: round(values.mean().item(), 2),
+                         "deviation": round(values.std(unbiased=False).item(), 2)})
+            print(f"{depth}, {shots} a class: {rows[-1][what]:.2f} +- {rows[-1]['deviation']:.2f}",
+                  file=sys.stderr)
+    if not rows:
+        raise ValueError(f"the smallest class has {int(counts.min())} pictures, fewer than --shots")
+    best = max(rows, key=lambda row: (row["shots"], row[what]))
+    return best | given.told(train, val) | {"draws": args.draws, "all": rows}
+
+
+def drawn(is_of: Tensor, shots: int, seed: int) -> Tensor:
+    """Numbers of `shots` pictures of each class, drawn at random."""
+    generator = torch.Generator().manual_seed(seed % 2 ** 63)
+    order, chosen = torch.randperm(len(is_of), generator=generator), set()
+    for k in range(is_of.shape[1]):
+        chosen |= set(order[is_of[order, k]][:shots].tolist())
+    return torch.tensor(sorted(chosen))
+
+
+def run_classify(given: Given) -> dict:
+    tensors, args = given.loaded.tensors, given.args
+    if "fc.weight" not in tensors:
+        raise ValueError(f"{given.source} holds no classifier: name what finetune wrote, or a "
+                         "fine-tuned official file")
+    model = finetune.Finetuned(given.trunk, len(tensors["fc.weight"]))
+    weights.load_weights(model, given.loaded)
+    count = len(tensors["fc.weight"])
+    classes = (Path(args.classes).read_text().split("\n") if args.classes
+               else given.config.get("classes") or [])
+    classes = [name.strip() for name in classes if name.strip()]
+    if classes and len(classes) != count:
+        raise ValueError(f"the network has {count} classes, the list of them {len(classes)}")
+    if args.data:
+        val = open_labelled(args.data, classes)
+    else:
+        _, val = open_splits("")
+    if len(val.classes) != count:
+        raise ValueError(f"the network has {count} classes and {args.data} {len(val.classes)}: name "
+                         "them all, in order, one a line (--classes)")
+    (scores,), kept = given.features(model, val)
+    given.left_out = len(val.images) - len(kept.is_of)
+    present = val.is_of.any(0)          # ImageNet-A and -R have 200 of 1,000
+    scores[:, ~present] = -torch.inf
+    best = scores.topk(min(5, count), dim=1).indices
+    right = kept.is_of.gather(1, best)
+    return {"top1": round(100 * right[:, :1].any(1).double().mean().item(), 2),
+            "top5": round(100 * right.any(1).double().mean().item(), 2),
+            "classes": count, "present": int(present.sum())} | given.told(None, kept)
+
+
+def run_features(given: Given) -> dict:
+    args, images = given.args, pictures_of(given.args)
+    about = {"checkpoint": given.digest(), "data": args.data, "size": given.size,
+             "crop_ratio": given.ratio, "bicubic": given.bicubic, "pictures": len(images)}
+    return export.features(given.trunk, given.centred(images), Path(args.out or "features.npy"), about,
+                           device=given.device, workers=args.workers, **given.channels)
+
+
+def run_clusters(given: Given) -> dict:
+    args, images = given.args, pictures_of(given.args)
+    model = swav_of(given)
+    scores, ok = export.scores(model, given.centred(images), device=given.device,
+                               workers=args.workers, **given.channels)
+    result = {}
+    if is_main():
+        result = export.clusters(scores, ok, images, Path(args.out or "clusters.csv"),
+                                 given.config.get("temperature", 0.1))
+        if args.sheet:
+            rows = export.nearest(scores, ok, args.rows, args.columns)
+            report.sheet(Path(args.sheet), [[tile(given, images, i) for i in row] for row in rows])
+    return result
+
+
+def pictures_of(args: argparse.Namespace):
+    """--data as train.py takes it, without labels; none: the held-out demo pictures."""
+    return open_images(args.data) if args.data else open_splits("")[1].images
+
+
+def swav_of(given: Given) -> SwAV:
+    """The whole model: trunk, head and prototypes, as the file's shapes say."""
+    tensors = given.loaded.tensors if given.loaded else {}
+    numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("head.")})
+    layers = [tensors[f"head.{n}.weight"] for n in numbers]
+    widths = [len(layer) for layer in layers if layer.dim() == 2]
+    if not widths or "prototypes.weight" not in tensors:
+        raise ValueError(f"{given.source} holds no prototypes: name a run's folder or checkpoint.pt")
+    head_bn = any(layer.dim() == 1 for layer in layers)
+    model = SwAV(given.trunk, widths, len(tensors["prototypes.weight"]), head_bn)
+    weights.load_weights(model, given.loaded)
+    return model
+
+
+# -------------------------------------------------------------------------------- small print
+PROTOCOLS = {"knn": run_knn, "linear": run_linear, "lowshot": run_lowshot, "finetune": run_finetune,
+             "classify": run_classify, "features": run_features, "clusters": run_clusters}
+
+
+
+
+def numbers(kind):
+    """"1,2,4" -> a list, for argparse."""
+    return lambda text: [kind(word) for word in text.split(",")]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure what a trunk has learned.")
+    parser.add_argument("what", choices=list(PROTOCOLS))
+    parser.add_argument("checkpoint", help="run folder, checkpoint.pt, trunk.pt, a file of another "
+                        "library, an official name (python weights.py), or random")
+    parser.add_argument("--data", default="", help="folder with train/ and val/, class folders or "
+                        "lists train.txt, val.txt; of classify one folder of classes; of features and "
+                        "clusters any pictures, as train.py takes them; none: the demo's")
+    parser.add_argument("--arch", default="", help="of the network called random")
+    parser.add_argument("--seed", type=int, default=0, help="of the network called random, of draws "
+                        "and of training")
+    parser.add_argument("--out", default="", help="file of features (.npy) and clusters (.csv), folder "
+                        "of finetune and linear --sgd")
+    shown = parser.add_argument_group("how pictures are shown")
+    shown.add_argument("--size", type=int, default=0,
+                       help="pixels; none: the size of the run's first crops, else 224")
+    shown.add_argument("--crop-ratio", type=float, help="central square over short side; 0: the whole "
+                       "picture as a square; none: 0.875, demo 1, as a fine-tuned network was")
+    shown.add_argument("--bicubic", action=argparse.BooleanOptionalAction)
+    knn = parser.add_argument_group("knn")
+    knn.add_argument("--k", type=numbers(int), default=[20], help="neighbours, one or several: "
+                     "10,20,200 (SEER: 200; 20)")
+    knn.add_argument("--temperature", type=numbers(float), default=[0.1],
+                     help="of the votes, one or several (SEER: 0.1, 10B 0.07)")
+    probes = parser.add_argument_group("linear and lowshot")
+    probes.add_argument("--depths", type=numbers(str), default=["avgpool"],
+                        help="one or several of res2 to res5 and avgpool: res4,res5,avgpool")
+    probes.add_argument("--shots", type=numbers(int), default=list(SHOTS),
+                        help="of lowshot: pictures a class")
+    probes.add_argument("--draws", type=int, default=5, help="of lowshot, for each number of shots")
+    probes.add_argument("--sgd", action="store_true", help="linear: VISSL's recipe")
+    tuned = parser.add_argument_group("finetune, and linear --sgd")
+    tuned.add_argument("--labels", default="", help="a share of each class' labels, as 0.01, or a list "
+                       "of file names; none: all")
+    tuned.add_argument("--recipe", choices=list(finetune.RECIPES), help="none: finetune, or few where "
+                       "--labels is given")
+    tuned.add_argument("--epochs", type=float)
+    tuned.add_argument("--batch-size", type=int)
+    tuned.add_argument("--lr", type=float, help="per 256 pictures of batch")
+    tuned.add_argument("--area", type=float, help="least share of a picture's area in a crop")
+    tuned.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
+    parser.add_argument("--classes", default="", help="classify: file of all class names, in order")
+    sheets = parser.add_argument_group("pictures to look at")
+    sheets.add_argument("--sheet", default="", help="knn: queries with their neighbours, right and "
+                        "wrong ones framed; clusters: pictures nearest to the largest ones; a PNG")
+    sheets.add_argument("--rows", type=int, default=16)
+    sheets.add_argument("--columns", type=int, default=10)
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; none: the best one here")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    return parser.parse_args(hyphens(sys.argv[1:] if argv is None else argv))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure a trunk.")
-    parser.add_argument("what", choices=["knn", "linear"])
-    parser.add_argument("checkpoint", help="run folder, checkpoint.pt, trunk.pt, a file of another "
-                        "library, an official name (python weights.py), or random")
-    parser.add_argument("--data", default="", help="folder with train/ and val/; none: demo")
-    parser.add_argument("--arch", default="", help="of the network called random")
-    parser.add_argument("--seed", type=int, default=0, help="of the network called random")
-    parser.add_argument("--size", type=int, default=0,
-                        help="pixels; none: the size of the run's first crops, else 224")
-    parser.add_argument("--crop-ratio", type=float, default=0.0,
-                        help="central square over short side; none: 0.875, demo 1")
-    parser.add_argument("--k", type=int, default=20, help="neighbours (SEER: 200)")
-    parser.add_argument("--temperature", type=float, default=0.1, help="of the votes (SEER: 0.1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
-    args = parser.parse_args(argv)
+    args = parse(argv)
     try:
-        if args.k < 1 or not args.temperature > 0 or args.size < 0 or not 0 <= args.crop_ratio <= 1:
-            raise ValueError("needs --k >= 1, --temperature > 0, --size > 0, 0 < --crop-ratio <= 1")
-        trunk, config = load_trunk(args.checkpoint, args.arch, args.seed)
-        size = args.size or (parse_crops(config["crops"])[0].size if config else 224)
-        ratio = args.crop_ratio or (0.875 if args.data else 1.0)
-        splits = open_splits(args.data)
-        train, val = (labelled_features(
-            trunk, images, Centred(images, size, ratio), device=args.device, workers=args.workers,
-            **normalisation(config)) for images in splits)
-        top1, settings = accuracy(args.what, train, val, args.k, args.temperature)
+        if args.size < 0 or args.crop_ratio is not None and not 0 <= args.crop_ratio <= 1:
+            raise ValueError("needs --size of at least 0, and --crop-ratio from 0 to 1")
+        if "RANK" in os.environ:
+            cuda = pick_device(args.device).type == "cuda"
+            guard.join("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=60))
+        given = Given(args)
+        result = PROTOCOLS[args.what](given)
+        if is_main():
+            settings = {"size": given.size, "crop_ratio": given.ratio, "bicubic": given.bicubic}
+            line = json.dumps({
+                "protocol": args.what, "checkpoint": args.checkpoint, "sha256": given.digest(),
+                "data": args.data or "demo", **settings, **result})
+            if given.loaded:
+                with open(given.loaded.path.parent / "results.jsonl", "a") as file:
+                    file.write(line + "\n")
+            print(line)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"evaluate.py: error: {reason}", file=sys.stderr)
         sys.exit(2)
-    used = len(train.labels), len(val.labels)
-    print(json.dumps({
-        "protocol": args.what, "checkpoint": args.checkpoint, "data": args.data or "demo",
-        "top1": top1, "train": used[0], "val": used[1],
-        "left_out": sum(map(len, splits)) - sum(used), **settings, "size": size,
-        "crop_ratio": ratio}))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from recipes import Config, parse_head, remedies
@@ -26,7 +26,8 @@ from scale import sync_group
 from swav import symptoms
 
 ASK = "pip install matplotlib to have the loss drawn"
-PROBES = ("knn", "retrieved")           # what evaluate.Probe measures, per cent
+FRAME = 2                               # pixels around a picture of a sheet
+PROBES = ("knn", "retrieved")           # what probe.Probe measures, per cent
 
 
 # --------------------------------------------------------------------------------------- words
@@ -160,22 +161,39 @@ def views(path: Path, crops: list[Tensor], specs, mean: Sequence[float],
     save_image(tiles, path, nrow=sum(spec.count for spec in specs), pad_value=1.0)
 
 
+def sheet(path: Path, rows: Sequence[Sequence[tuple[Tensor, bool | None]]], columns: int = 1) -> None:
+    """Rows of pictures. Each has a frame: green where it is marked right, red where wrong, or white.
+
+    rows: of (uint8 (3, s, s), mark); a shorter one is filled up.  They run down the first of
+    `columns`, then down the next.
+    """
+    frames = {None: (255, 255, 255), True: (0, 170, 0), False: (220, 0, 0)}
+    longest, size = max(map(len, rows)), rows[0][0][0].shape[1]
+    side, gap = size + 2 * FRAME, 2 * FRAME
+    height = math.ceil(len(rows) / columns)
+    page = torch.full((3, gap + height * (side + gap), gap + columns * (longest * side + gap)), 255,
+                      dtype=torch.uint8)
+    for r, row in enumerate(rows):
+        top, left = gap + r % height * (side + gap), gap + r // height * (longest * side + gap)
+        for c, (picture, mark) in enumerate(row):
+            place = page[:, top:top + side, left + c * side:left + (c + 1) * side]
+            place[:] = torch.tensor(frames[mark], dtype=torch.uint8).view(3, 1, 1)
+            place[:, FRAME:-FRAME, FRAME:-FRAME] = picture
+    save_image(page.float() / 255, path)
+
+
 def prototypes(path: Path, scores: Tensor, pictures: Tensor, nearest: int = 8, most: int = 64,
                columns: int = 4) -> None:
     """The pictures nearest to each prototype, a row a prototype, the best one first.
 
     scores: (N, K).  pictures: uint8 (N, 3, s, s).  Of more than `most` prototypes, those that most
-    pictures are nearest to.  Rows run down the first of `columns`, then down the next.
+    pictures are nearest to.
     """
     members = torch.bincount(scores.argmax(1), minlength=scores.shape[1])
     chosen = members.argsort(descending=True, stable=True)[:most]
     best = scores[:, chosen].topk(min(nearest, len(scores)), dim=0).indices.t()      # (most, n)
-    rows = [make_grid(pictures[some], nrow=len(some), padding=1, pad_value=255) for some in best]
-    height = math.ceil(len(rows) / min(columns, len(rows)))
-    rows += [torch.full_like(rows[0], 255)] * (-len(rows) % height)
-    sheet = torch.stack(rows).unflatten(0, (-1, height)).transpose(0, 1).flatten(0, 1)
-    sheet = make_grid(sheet, nrow=len(rows) // height, padding=3, pad_value=255)
-    save_image(sheet.float() / 255, path)
+    rows = [[(picture, None) for picture in pictures[some]] for some in best]
+    sheet(path, rows, min(columns, len(rows)))
 
 
 def curves(path: Path, runs: Sequence[str | Path]) -> None:

@@ -36,16 +36,18 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import checkpoint
-import evaluate
 import folder
 import guard
 import plan
 import report
 import weights
+from classifiers import knn, linear_probe, per_cent
 from demo import DemoImages
 from images import NoReadablePicture, Positions, Stream, collate, open_images, permute
+from labelled import Centred, extract
 from larc import LARC
 from multicrop import MultiCrop, Photometric, parse_crops
+from probe import Probe
 from recipes import (MACHINE, Config, check_ranks, configure, explain, flag, parse_arguments,
                      parse_channels, parse_head, with_length)
 from scale import build_model, layout, pick_device, pick_precision, swav_backward, wrap
@@ -343,14 +345,14 @@ def share_processors(config: Config, device: torch.device) -> int:
     return workers if config.workers < 0 else config.workers
 
 
-def open_probe(config: Config, device: torch.device, dtype: torch.dtype) -> evaluate.Probe:
+def open_probe(config: Config, device: torch.device, dtype: torch.dtype) -> Probe:
     """--probe. Its pictures are cut as the run's first crops are."""
     if all(Path(config.probe, split).is_dir() for split in ("train", "val")):
         raise ValueError(f"--probe {config.probe} holds train and val; name one of them")
     views = MultiCrop([parse_crops(config.crops)[0]._replace(count=2)], config.strength,
                       gray=config.gray, blur=config.blur, max_pixels=config.max_pixels)
     photometric = Photometric(parse_channels(config.mean), parse_channels(config.std)).to(device)
-    return evaluate.Probe(open_images(config.probe), views, photometric, dtype)
+    return Probe(open_images(config.probe), views, photometric, dtype)
 
 
 class Distort:
@@ -397,7 +399,7 @@ def look_back(run: SimpleNamespace) -> None:
         """A demo's pictures, or a sample of others, decoded once for all that follows."""
         count = len(images)
         some = range(count) if demo else [permute(i, count, 0) for i in range(min(SHEET, count))]
-        centred = Subset(evaluate.Centred(images, size, 1.0 if demo else 0.875), some)
+        centred = Subset(Centred(images, size, 1.0 if demo else 0.875), some)
         return [pair for pictures, ok in DataLoader(centred, 64, num_workers=workers)
                 for pair in zip(pictures.clone(), ok.tolist())]
 
@@ -409,9 +411,12 @@ def look_back(run: SimpleNamespace) -> None:
         for name, network in {"raw pixels, two by two": pixels,
                               "untrained trunk": fresh_model(config).trunk,
                               "trained trunk": model.trunk}.items():
-            both = (evaluate.labelled_features(network, images, pictures, **options),
-                    evaluate.labelled_features(network, held_out, queries, **options))
-            rows[name] = {what: evaluate.accuracy(what, *both)[0] for what in ("knn", "linear")}
+            (features,), _ = extract(network, pictures, **options)
+            (held_out_features,), _ = extract(network, queries, **options)
+            labels, truth = map(torch.from_numpy, (images.labels, held_out.labels))
+            predicted = {"knn": knn(features, labels, held_out_features),
+                         "linear": linear_probe(features, labels, held_out_features)[0]}
+            rows[name] = {what: per_cent(labels, truth) for what, labels in predicted.items()}
         folder.write_whole(run.out / "results.json", json.dumps(rows, indent=2) + "\n")
         title = f"{len(held_out):,} held-out demo pictures of {len(held_out.classes)} kinds"
         report.table(title, rows)
@@ -422,7 +427,7 @@ def look_back(run: SimpleNamespace) -> None:
         print(error)
     shown = [(picture, ok) for picture, ok in pictures if ok][:SHEET]
     embed = torch.nn.Sequential(model.trunk, model.head)
-    embeddings, _ = evaluate.extract_features(embed, shown, **options)           # (N, D)
+    (embeddings,), _ = extract(embed, shown, **options)                          # (N, D)
     scores = F.normalize(embeddings, dim=1) @ model.prototypes.weight.detach().cpu().t()
     aside = run.out / "prototypes.tmp.png"          # the last file of all: with it, a run is finished
     report.prototypes(aside, scores, torch.stack([x for x, _ in shown]))

@@ -1,4 +1,5 @@
 """guard.py and checkpoint.Writer: kills, signals, damaged files, full disks and bad numbers."""
+import importlib.util
 import json
 import os
 import random
@@ -179,7 +180,8 @@ def test_a_worker_that_dies_is_named_and_none_outlives_its_run(photos, tmp_path)
 
 
 @pytest.mark.parametrize("name, ranks", [
-    ("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGTERM", 2), ("SIGUSR1", 2)])
+    ("SIGTERM", 1), ("SIGTERM", 2), ("SIGUSR1", 2),
+    *(pytest.param(name, 1, marks=pytest.mark.long) for name in ("SIGINT", "SIGUSR1"))])
 def test_a_signal_saves_the_run_and_leaves(photos, tmp_path, whole, name, ranks):
     out = tmp_path / "run"
     process = start(photos, out, "--save-every=1000", ranks=ranks)
@@ -479,3 +481,4 @@ def test_watching_a_run_changes_nothing_of_it(photos, tmp_path, whole):
         assert [line["step"] for line in log if what in line] == [10, 20, 24]
         assert all(0 <= line[what] <= 100 for line in log if what in line)
         assert log[0]["ln_k"] == pytest.approx(2.4849, abs=1e-4)
+        assert importlib.util.find_spec("tensorboard") is None or list(out.glob("events.out.tfevents*"))

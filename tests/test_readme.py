@@ -51,7 +51,7 @@ def run(folder, line):
         words += ["--steps", "2", "--workers", "0", "--out", f"runs/test{abs(hash(line))}"]
         words += [w for name, extra in SHORT.items() if name in line for w in extra]
     if "evaluate.py" in words:
-        words += ["--workers", "0"]
+        words += ["--workers", "0"] + ["--epochs", "2"] * ("finetune" in words)
     result = subprocess.run(launcher + words, cwd=folder, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout

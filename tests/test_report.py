@@ -93,15 +93,26 @@ def test_the_sheet_shows_the_nearest_pictures_of_each_prototype(tmp_path):
         scores[k:k + 3, k] = torch.tensor([1.0, 0.5, 0.25])
     report.prototypes(tmp_path / "sheet.png", scores, pictures, nearest=3, columns=2)
     sheet = Image.open(tmp_path / "sheet.png").convert("L")
-    width, height = 3 * 9 + 1, 9 + 1                    # a row: pictures and their frames
-    assert sheet.size == (2 * (width + 3) + 3, 3 * (height + 3) + 3)
+    side, gap = 8 + 2 * report.FRAME, 2 * report.FRAME
+    width, height = 3 * side, side
+    assert sheet.size == (2 * (width + gap) + gap, 3 * (height + gap) + gap)
     # rows run down the columns, the prototype with most pictures first: 0 has 6 of them, 4 has 3
     for row, k in enumerate((0, 4, 1, 2, 3)):
-        x, y = 3 + row // 3 * (width + 3), 3 + row % 3 * (height + 3)
-        seen = [sheet.getpixel((x + 1 + 9 * i + 4, y + 5)) for i in range(3)]
+        x, y = gap + row // 3 * (width + gap), gap + row % 3 * (height + gap)
+        seen = [sheet.getpixel((x + side * i + 6, y + 6)) for i in range(3)]
         assert seen == [20 * (k + i) for i in range(3)]
     report.prototypes(tmp_path / "one.png", scores[:, :1], pictures)        # nothing to arrange
     report.prototypes(tmp_path / "few.png", scores[:2], pictures[:2], most=3)
+
+
+def test_right_and_wrong_pictures_are_framed(tmp_path):
+    gray = torch.full((3, 6, 6), 128, dtype=torch.uint8)
+    report.sheet(tmp_path / "sheet.png", [[(gray, None), (gray, True), (gray, False)], [(gray, None)]])
+    page, side, gap = Image.open(tmp_path / "sheet.png"), 6 + 2 * report.FRAME, 2 * report.FRAME
+    assert page.size == (3 * side + 2 * gap, 2 * side + 3 * gap)
+    frames = [page.getpixel((gap + i * side, gap)) for i in range(3)]
+    assert frames == [(255, 255, 255), (0, 170, 0), (220, 0, 0)]
+    assert [page.getpixel((gap + i * side + 5, gap + 5)) for i in range(3)] == [(128, 128, 128)] * 3
 
 
 def run_folder(folder, prototypes=64):

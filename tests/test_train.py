@@ -494,7 +494,7 @@ def test_swavs_own_network_from_end_to_end(photos, tmp_path, capsys):
     trunk = torchvision.models.resnet50()
     trunk.fc = torch.nn.Identity()
     trunk.load_state_dict(torch.load(out / "trunk.pt", weights_only=True))
-    again, config = evaluate.load_trunk(str(out))
+    again, config, _ = evaluate.load_trunk(str(out))
     assert config["arch"] == "resnet50"
     assert equal(dict(trunk.state_dict()), dict(again.state_dict()))
 

@@ -114,7 +114,7 @@ def test_full_networks_of_other_libraries(tmp_path, entry):
 @pytest.mark.parametrize("name", ["regnet_x_400mf", "regnet_y_400mf", "regnet_y_800mf", "resnet50"])
 def test_full_networks_of_torchvision(tmp_path, name):
     theirs = getattr(torchvision.models, name)().eval()
-    trunk, _ = evaluate.load_trunk(str(put(tmp_path, theirs.state_dict())))
+    trunk, *_ = evaluate.load_trunk(str(put(tmp_path, theirs.state_dict())))
     theirs.fc = torch.nn.Identity()
     with torch.no_grad():
         torch.testing.assert_close(trunk(images()), theirs(images()), rtol=1e-4, atol=1e-5)
@@ -600,7 +600,7 @@ def test_a_run_starts_from_weights(tmp_path, capsys):
 
 def test_a_file_of_another_library_is_evaluated(tmp_path, capsys):
     path = put(tmp_path, fill(OTHERS[0]["shapes"]))
-    trunk, config = evaluate.load_trunk(str(path))
+    trunk, config, _ = evaluate.load_trunk(str(path))
     assert config == {} and trunk.num_features == 440 and not trunk.training
     with pytest.raises(ValueError, match="holds regnety_400mf, not regnety_200mf"):
         evaluate.load_trunk(str(path), "regnety_200mf")
