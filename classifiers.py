@@ -37,10 +37,11 @@ def neighbours(features: Tensor, queries: Tensor, k: int,
 
 
 def vote(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
-    """Neighbours' similarities and labels, each (M, k) -> predicted labels (M,), by votes of
-    exp(similarity / temperature) (arXiv 1805.01978, section 3.4)."""
+    """Neighbours' similarities, nearest first, and labels, each (M, k) -> predicted labels (M,), by
+    votes of exp(similarity / temperature) (arXiv 1805.01978, section 3.4)."""
     votes = torch.zeros(len(labels), classes, dtype=similarity.dtype)
-    return votes.scatter_add_(1, labels, (similarity / temperature).exp()).argmax(1)
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()       # the nearest has 1
+    return votes.scatter_add_(1, labels, weights).argmax(1)
 
 
 def knn(features: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.1,
@@ -113,18 +114,20 @@ def linear_probe(features: Tensor, labels: Tensor, queries: Tensor,
 
 # ------------------------------------------------------------------------------ linear SVMs
 def fit_svm(features: Tensor, is_of: Tensor, costs: Tensor, start: Tensor | None = None,
-            tolerance: float = 1e-6) -> Tensor:
+            tolerance: float = 1e-6, used: Tensor | None = None) -> Tensor:
     """One class against the others: minimise |w|^2 / 2 + cost * sum of max(0, 1 - y score)^2, the
     bias being the weight of one more feature, 1, as in liblinear.
 
-    features: (N, C) float64.  is_of: bool (N, K).  costs: (K,).  Returns (C + 1, K).
+    features: (N, C) float64.  is_of: bool (N, K).  costs: (K,).  used: bool (N, K), which pictures
+    count for which class; None: all.  Returns (C + 1, K).
     """
     signs = torch.where(is_of, 1.0, -1.0).to(features)
+    weight = 1.0 if used is None else used.to(features)
     scale = 1 / costs.to(features)      # the same minimum, of a function that is of order N
     if start is None:
         start = torch.zeros(features.shape[1] + 1, is_of.shape[1]).to(features)
     return minimise(lambda weights: (weights.square().sum(0) * scale / 2).sum()
-                    + (1 - signs * linear(features, weights)).clamp(min=0).square().sum(),
+                    + ((1 - signs * linear(features, weights)).clamp(min=0).square() * weight).sum(),
                     start, tolerance, 2000)
 
 
@@ -133,28 +136,28 @@ def svm_scores(features: Tensor, is_of: Tensor, queries: Tensor,
     """Scores of the queries (M, K) by linear SVMs, one a class, and their costs (K,).
 
     Features are scaled to unit norm. Each class' cost is the one with the best average precision in
-    a cross-validation of three folds; 1 where a class has fewer than three pictures.
+    a cross-validation of three folds; 1 where a class has fewer than three pictures. Differs from
+    VISSL's: positive pictures weigh as much as others (there twice), and none is left out of a test.
     """
     x, queries = (F.normalize(some.double(), dim=1) for some in (features, queries))
     if len(x) < x.shape[1]:             # the weights lie in the span of the pictures
         _, _, basis = torch.linalg.svd(x, full_matrices=False)
         x, queries = x @ basis.t(), queries @ basis.t()
-    folds = _folds(is_of)
     best = torch.ones(is_of.shape[1], dtype=torch.float64)
     best_precision = torch.full_like(best, -1.0)
     enough = is_of.sum(0) >= FOLDS
     if enough.any():
-        starts = [None] * FOLDS
+        starts, folds = [None] * FOLDS, _folds(is_of)
         for cost in sorted(costs):
-            held_out = torch.zeros(is_of.shape, dtype=x.dtype)
+            precision = torch.zeros_like(best)
             for fold in range(FOLDS):
-                inside = folds != fold
-                starts[fold] = fit_svm(x[inside], is_of[inside], torch.full_like(best, cost),
-                                       starts[fold], tolerance=1e-4)
-                held_out[~inside] = linear(x[~inside], starts[fold])
-            precision = torch.stack([torch.stack([
-                average_precision(held_out[folds == fold, k], is_of[folds == fold, k])
-                for fold in range(FOLDS)]).mean() for k in range(is_of.shape[1])])
+                inside = folds != fold                                   # (N, K)
+                starts[fold] = fit_svm(x, is_of, torch.full_like(best, cost), starts[fold],
+                                       tolerance=1e-4, used=inside)
+                held_out = linear(x, starts[fold])
+                precision += torch.stack([
+                    average_precision(held_out[~inside[:, k], k], is_of[~inside[:, k], k])
+                    for k in range(is_of.shape[1])]) / FOLDS
             better = (precision > best_precision) & enough
             best = torch.where(better, cost, best)
             best_precision = torch.where(better, precision, best_precision)
@@ -162,13 +165,9 @@ def svm_scores(features: Tensor, is_of: Tensor, queries: Tensor,
 
 
 def _folds(is_of: Tensor) -> Tensor:
-    """Pictures -> fold (N,), so that each fold has its share of each picture's first class."""
-    first = is_of.to(torch.uint8).argmax(1)
-    folds = torch.empty(len(is_of), dtype=torch.long)
-    for k in first.unique():
-        members = (first == k).nonzero()[:, 0]
-        folds[members] = torch.arange(len(members)) % FOLDS
-    return folds
+    """Each picture's fold, for each class (N, K): each fold has its share of the class."""
+    rank = torch.where(is_of, is_of.cumsum(0), (~is_of).cumsum(0)) - 1      # among its like
+    return rank % FOLDS
 
 
 def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:

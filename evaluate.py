@@ -86,7 +86,6 @@ def normalisation(config: dict) -> dict:
     return {name: parse_channels(config[name]) for name in ("mean", "std") if name in config}
 
 
-
 # ------------------------------------------------------------------------------ from the commands
 class Given:
     """What a command line gives to a protocol: the checkpoint, the pictures, and how to show them."""
@@ -102,6 +101,10 @@ class Given:
         self.trunk, self.config, self.loaded = load_trunk(self.source, args.arch, args.seed)
         recipe = self.config.get("recipe")              # of finetune: a dictionary
         shown = recipe if isinstance(recipe, dict) else {}
+        if args.recipe:
+            shown = finetune.RECIPES[args.recipe]._asdict()
+        elif "seer_ft" in args.checkpoint:              # an official fine-tuned file
+            shown = finetune.RECIPES["finetune384"]._asdict()
         first = parse_crops(self.config["crops"])[0].size if "crops" in self.config else 224
         self.size = args.size or shown.get("size", first)
         self.ratio = shown.get("crop_ratio", 0.875 if args.data else 1.0)
@@ -123,7 +126,7 @@ class Given:
         outputs, ok = extract(network, self.centred(labelled.images), device=self.device,
                               workers=self.args.workers, **self.channels)
         kept = Subset(labelled.images, ok.nonzero()[:, 0].tolist())
-        return [x[ok] for x in outputs], Labelled(kept, labelled.is_of[ok], labelled.classes)
+        return [x[ok] for x in outputs], labelled._replace(images=kept, is_of=labelled.is_of[ok])
 
     def both(self, depths: Sequence[str], several: bool = False):
         """Features of the training and of the val pictures, at each depth."""
@@ -198,15 +201,15 @@ def run_linear_sgd(given: Given) -> dict:
         widths = [x.shape[1] for x in depths(torch.zeros(2, 3, given.size, given.size))]
     torch.manual_seed(args.seed)
     model = finetune.Probes(depths, widths, len(train.classes))
-    last, best, recipe = trained(given, model, train, val, "linear")
+    last, best, told = trained(given, model, train, val, "linear", {"depths": args.depths})
     rows = [{"depth": depth, "top1": top1, "best": most}
             for depth, top1, most in zip(args.depths, last, best)]
-    return (max(rows, key=lambda row: row["top1"]) | {"train": len(train.images), "val": len(val.images),
-            "all": rows, "recipe": recipe._asdict()})
+    return max(rows, key=lambda row: row["top1"]) | told | {"all": rows}
 
 
-def trained(given: Given, model: nn.Module, train: Labelled, val: Labelled, recipe: str):
-    """finetune.fit with the command line's changes to a recipe."""
+def trained(given: Given, model: nn.Module, train: Labelled, val: Labelled, recipe: str,
+            about: dict) -> tuple[list[float], list[float], dict]:
+    """finetune.fit with the command line's changes to a recipe; and what to tell of it."""
     args = given.args
     changes = {"size": args.size or None, "epochs": args.epochs, "lr": args.lr,
                "batch_size": args.batch_size, "crop_ratio": args.crop_ratio, "bicubic": args.bicubic}
@@ -218,33 +221,42 @@ def trained(given: Given, model: nn.Module, train: Labelled, val: Labelled, reci
     recipe = finetune.RECIPES[recipe]._replace(
         **{name: value for name, value in changes.items() if value is not None})
     out = Path(args.out or f"runs/{args.what}-{given.name()}")
-    last, best = finetune.fit(model, train, val, recipe, out, given.device,
-                              pick_precision(args.precision, given.device), args.workers, args.seed,
-                              **given.channels)
-    return last, best, recipe
+    about = about | {"checkpoint": given.digest() or args.arch, "data": args.data}
+    last, best, counted = finetune.fit(
+        model, train, val, recipe, out, given.device, pick_precision(args.precision, given.device),
+        args.workers, args.seed, about=about, **given.channels)
+    given.size, given.ratio, given.bicubic = recipe.size, recipe.crop_ratio, recipe.bicubic
+    return last, best, {"train": len(train.images), "val": counted, "left_out": len(val.images) - counted,
+                        "recipe": recipe._asdict(), "out": str(out)}
 
 
 def run_finetune(given: Given) -> dict:
     args, (train, val) = given.args, given.splits(several=True)
-    few = args.labels not in ("", "1")
-    train = some_labels(train, args.labels) if few else train
+    everything = len(train.images)
+    train = some_labels(train, args.labels) if args.labels else train
+    few = len(train.images) < everything
     torch.manual_seed(args.seed)
     model = finetune.Finetuned(given.trunk, len(train.classes))
-    (last,), (best,), recipe = trained(given, model, train, val, args.recipe or ("few" if few else "finetune"))
+    (last,), (best,), told = trained(
+        given, model, train, val, args.recipe or ("few" if few else "finetune"),
+        {"labels": [train.images.name(i) for i in range(len(train.images))] if few else "all"})
     what = "map" if train.several else "top1"
-    return {what: last, "best": best, "train": len(train.images), "val": len(val.images),
-            "labels": args.labels or "1", "recipe": recipe._asdict()}
+    return {what: last, "best": best, "labels": args.labels or "1"} | told
 
 
 def some_labels(train: Labelled, labels: str) -> Labelled:
     """A share of each class, at least one picture, the same at each call; or those whose file names
     a list has, one a line (SimCLR's lists for ImageNet)."""
     if Path(labels).is_file():
-        wanted = {os.path.basename(line.strip()) for line in open(labels, encoding="utf-8")}
-        chosen = [i for i in range(len(train.images))
-                  if os.path.basename(train.images.name(i)) in wanted]
-        if not chosen:
-            raise ValueError(f"{labels} names none of the training pictures")
+        wanted = {line.strip() for line in Path(labels).read_text("utf-8").splitlines() if line.strip()}
+        names = [train.images.name(i) for i in range(len(train.images))]
+        if not wanted & set(names):                     # SimCLR's have no folders
+            names = [os.path.basename(name) for name in names]
+        missing = wanted - set(names)
+        if missing or len(set(names)) < len(names):
+            raise ValueError(f"{labels} names pictures that are not there, or not the only ones of "
+                             f"that name: {sorted(missing)[:3]}")
+        chosen = [i for i, name in enumerate(names) if name in wanted]
     else:
         try:
             share = float(labels)
@@ -258,7 +270,7 @@ def some_labels(train: Labelled, labels: str) -> Labelled:
             members.sort(key=lambda i: mix(i, 0))
             chosen += members[:max(1, round(share * len(members)))]
         chosen = sorted(set(chosen))
-    return Labelled(Named(train.images, chosen), train.is_of[chosen], train.classes)
+    return train._replace(images=Named(train.images, chosen), is_of=train.is_of[chosen])
 
 
 class Named(Subset):
@@ -274,9 +286,15 @@ def run_lowshot(given: Given) -> dict:
     several = train.several or val.several
     what, rows = "map" if several else "top1", []
     counts = train.is_of.sum(0)
+    skipped = [shots for shots in args.shots if shots > counts.min()]
+    if min(args.shots) < 1 or args.draws < 1:
+        raise ValueError("lowshot needs --shots and --draws of at least 1")
+    if skipped:
+        print(f"without {skipped} pictures a class: the smallest has {int(counts.min())}",
+              file=sys.stderr)
     for depth, x, q in zip(args.depths, outputs, queries):
         for shots in args.shots:
-            if shots > counts.min():
+            if shots in skipped:
                 continue
             values = []
             for draw in range(args.draws):
@@ -292,7 +310,7 @@ def run_lowshot(given: Given) -> dict:
     if not rows:
         raise ValueError(f"the smallest class has {int(counts.min())} pictures, fewer than --shots")
     best = max(rows, key=lambda row: (row["shots"], row[what]))
-    return best | given.told(train, val) | {"draws": args.draws, "all": rows}
+    return best | given.told(train, val) | {"draws": args.draws, "skipped": skipped, "all": rows}
 
 
 def drawn(is_of: Tensor, shots: int, seed: int) -> Tensor:
@@ -305,7 +323,7 @@ def drawn(is_of: Tensor, shots: int, seed: int) -> Tensor:
 
 
 def run_classify(given: Given) -> dict:
-    tensors, args = given.loaded.tensors, given.args
+    tensors, args = given.loaded.tensors if given.loaded else {}, given.args
     if "fc.weight" not in tensors:
         raise ValueError(f"{given.source} holds no classifier: name what finetune wrote, or a "
                          "fine-tuned official file")
@@ -321,6 +339,8 @@ def run_classify(given: Given) -> dict:
         val = open_labelled(args.data, classes)
     else:
         _, val = open_splits("")
+        order = [val.classes.index(name) for name in classes or val.classes]
+        val = val._replace(is_of=val.is_of[:, order], classes=classes or val.classes)
     if len(val.classes) != count:
         raise ValueError(f"the network has {count} classes and {args.data} {len(val.classes)}: name "
                          "them all, in order, one a line (--classes)")
@@ -337,8 +357,9 @@ def run_classify(given: Given) -> dict:
 
 def run_features(given: Given) -> dict:
     args, images = given.args, pictures_of(given.args)
-    about = {"checkpoint": given.digest(), "data": args.data, "size": given.size,
-             "crop_ratio": given.ratio, "bicubic": given.bicubic, "pictures": len(images)}
+    about = {"checkpoint": given.digest() or f"{args.arch}, seed {args.seed}", "size": given.size,
+             "crop_ratio": given.ratio, "bicubic": given.bicubic,
+             **{name: list(values) for name, values in given.channels.items()}}
     return export.features(given.trunk, given.centred(images), Path(args.out or "features.npy"), about,
                            device=given.device, workers=args.workers, **given.channels)
 
@@ -380,8 +401,6 @@ def swav_of(given: Given) -> SwAV:
 # -------------------------------------------------------------------------------- small print
 PROTOCOLS = {"knn": run_knn, "linear": run_linear, "lowshot": run_lowshot, "finetune": run_finetune,
              "classify": run_classify, "features": run_features, "clusters": run_clusters}
-
-
 
 
 def numbers(kind):
@@ -446,20 +465,27 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.size < 0 or args.crop_ratio is not None and not 0 <= args.crop_ratio <= 1:
             raise ValueError("needs --size of at least 0, and --crop-ratio from 0 to 1")
+        if min(args.rows, args.columns) < 1:
+            raise ValueError("--rows and --columns must be at least 1")
         if "RANK" in os.environ:
             cuda = pick_device(args.device).type == "cuda"
             guard.join("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=60))
         given = Given(args)
         result = PROTOCOLS[args.what](given)
         if is_main():
-            settings = {"size": given.size, "crop_ratio": given.ratio, "bicubic": given.bicubic}
+            settings = {"size": given.size, "crop_ratio": given.ratio, "bicubic": given.bicubic,
+                        "seed": args.seed, "arch": args.arch or given.config.get("arch", "")}
             line = json.dumps({
                 "protocol": args.what, "checkpoint": args.checkpoint, "sha256": given.digest(),
                 "data": args.data or "demo", **settings, **result})
-            if given.loaded:
-                with open(given.loaded.path.parent / "results.jsonl", "a") as file:
-                    file.write(line + "\n")
             print(line)
+            if given.loaded:
+                results = given.loaded.path.parent / "results.jsonl"
+                try:
+                    with open(results, "a") as file:
+                        file.write(line + "\n")
+                except OSError as error:
+                    print(f"{results} could not be written: {error}", file=sys.stderr)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"evaluate.py: error: {reason}", file=sys.stderr)

@@ -10,6 +10,7 @@ Under torchrun each rank takes its share of the pictures.
 Shapes: N pictures, C features, K prototypes.
 """
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -24,17 +25,21 @@ from swav import SwAV
 
 
 def features(trunk: nn.Module, centred: Centred, out: Path, about: dict, **options) -> dict:
-    """OUT.npy (N, C) float32, to be memory-mapped; OUT.ok.npy (N,), 1 or, of pictures that cannot be
-    read, -1; OUT.txt, their names. An interrupted run goes on where it was.
+    """OUT.npy (N, C) float32, to be memory-mapped, NaN where a picture cannot be read; OUT.ok.npy
+    (N,), 1 or, of those, -1; OUT.txt, the names. An interrupted run goes on where it was.
 
-    about: what the features depend on.  options: of labelled.in_batches. Raises ValueError where
-    OUT holds features of something else.
+    about: what the features depend on, besides the names.  options: of labelled.in_batches. Raises
+    ValueError where OUT holds features of something else.
     """
     images, out = centred.images, out.with_suffix(".npy")
     notes, ok_file = out.with_suffix(".json"), out.with_suffix(".ok.npy")
     open_npy = numpy.lib.format.open_memmap
-    if notes.exists() and json.loads(notes.read_text()) != about:       # on all ranks alike
-        raise ValueError(f"{out} holds other features; choose another --out")
+    names = hashlib.sha256()
+    for i in range(len(images)):
+        names.update(images.name(i).encode(errors="surrogateescape") + b"\n")
+    about = about | {"pictures": len(images), "names": names.hexdigest()}
+    if out.exists() and not (notes.exists() and json.loads(notes.read_text()) == about):
+        raise ValueError(f"{out} holds other features; choose another --out")     # on all ranks alike
     wait()
     if is_main() and not notes.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +54,7 @@ def features(trunk: nn.Module, centred: Centred, out: Path, about: dict, **optio
     start = 0
     for (x,), ok in in_batches(trunk, Subset(centred, left), **options):
         some = left[start:start + len(x)]
-        rows[some] = x.numpy()
+        rows[some] = numpy.where(ok.numpy()[:, None], x.numpy(), numpy.nan)
         rows.flush()                            # a row counts once it is on the disk
         done[some] = numpy.where(ok.numpy(), 1, -1)
         start += len(x)

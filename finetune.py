@@ -148,12 +148,14 @@ class Cut:
 
 def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: Path, device="cpu",
         dtype: torch.dtype = torch.float32, workers: int = 0, seed: int = 0, mean=None, std=None,
-        sync_bn_group: int = 0) -> tuple[list[float], list[float]]:
+        about: dict | None = None) -> tuple[list[float], list[float], int]:
     """Train; per cent of val that each output of the model gets right, at the end and at its best.
 
     Measured after each epoch, at most MEASURED times (top-1 or, where pictures have several labels,
     mean average precision); then checkpoint.pt and last.pt are written and, with the best so far,
-    best.pt. The same call again goes on. Raises ValueError where OUT holds something else.
+    best.pt. The same call again goes on. about: what else the result depends on (the checkpoint, the
+    pictures). Returns also how many pictures of val could be read. Raises ValueError where OUT holds
+    something else.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(device)
@@ -166,14 +168,15 @@ def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: P
     stream, photometric = Stream(Pairs(train), Cut(crop), seed), Photometric(**channels).to(device)
 
     model.to(device)
-    wrapped = wrap(model, device, sync_bn_group)
+    wrapped = wrap(model, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, recipe.lr, recipe.momentum, nesterov=True,
                                 weight_decay=recipe.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     settings = {"recipe": dict(recipe._asdict(), milestones=list(recipe.milestones)), "seed": seed,
-                "pictures": len(train.images), "classes": train.classes}
-    start, now, best = 0, None, None
+                "precision": str(dtype), "pictures": len(train.images), "val": len(val.images),
+                "classes": train.classes, **(about or {})}
+    start, now, best, counted = 0, None, None, 0
     if (out / "checkpoint.pt").exists():
         state = checkpoint.load(out / "checkpoint.pt")
         if state.get("settings") != settings:
@@ -181,7 +184,7 @@ def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: P
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        start, now, best = state["step"], state["last"], state["best"]
+        start, now, best, counted = (state[name] for name in ("step", "last", "best", "counted"))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps({"config": settings | channels}, indent=1) + "\n")
@@ -212,7 +215,10 @@ def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: P
             continue
         if not lost.isfinite():             # note: a sync point
             raise ValueError(f"the loss is not finite at step {step + 1}: try a lower --lr")
-        now = measure(model, val, recipe, device, workers, **channels)
+        if dist.is_initialized():           # each rank's own statistics; rank 0's are saved
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        now, counted = measure(model, val, recipe, device, workers, **channels)
         best = now if best is None else [max(pair) for pair in zip(now, best)]
         if rank == 0:
             tqdm.write(f"step {step + 1}/{steps}  loss {lost.item():.3f}  val "
@@ -222,24 +228,20 @@ def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: P
             checkpoint.save(out / "last.pt", model.tensors())
             checkpoint.save(out / "checkpoint.pt", {
                 "version": VERSION, "settings": settings, "step": step + 1, "best": best, "last": now,
+                "counted": counted,
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict()})
         if dist.is_initialized():
             dist.barrier()
-    return now, best
-
-
-def score(scores: Tensor, labelled: Labelled) -> float:
-    """Top-1 or, where pictures have several labels, mean average precision; per cent."""
-    if labelled.several:
-        return mean_precision(scores, labelled.is_of)
-    return per_cent(scores.argmax(1), labelled.labels)
+    return now, best, counted
 
 
 def measure(model: nn.Module, labelled: Labelled, recipe: Recipe, device, workers: int,
-            **channels) -> list[float]:
-    """Per cent of the pictures that could be read: of each output of the model."""
+            **channels) -> tuple[list[float], int]:
+    """Top-1 or, where pictures have several labels, mean average precision, of each output of the
+    model; per cent of the pictures that could be read, and their number."""
     centred = Centred(labelled.images, recipe.size, recipe.crop_ratio, recipe.bicubic)
     outputs, ok = extract(model, centred, device=device, workers=workers, desc="val", **channels)
-    return [score(scores[ok], Labelled(labelled.images, labelled.is_of[ok], labelled.classes))
-            for scores in outputs]
+    is_of, labels = labelled.is_of[ok], labelled.labels[ok]
+    return [mean_precision(scores[ok], is_of) if labelled.several else
+            per_cent(scores[ok].argmax(1), labels) for scores in outputs], int(ok.sum())

@@ -36,11 +36,7 @@ class Labelled(NamedTuple):
     images: object                       # len(), [i] -> bytes, .name(i)
     is_of: Tensor                        # bool (N, K)
     classes: list[str]
-
-    @property
-    def several(self) -> bool:
-        """Whether pictures have other than one label."""
-        return bool((self.is_of.sum(1) != 1).any())
+    several: bool = False                # whether pictures have other than one label
 
     @property
     def labels(self) -> Tensor:
@@ -56,7 +52,7 @@ def open_labelled(source: str | os.PathLike, classes: Sequence[str] = ()) -> Lab
     """
     source = os.fspath(source)
     if os.path.isfile(source):
-        with open(source, encoding="utf-8", errors="surrogateescape") as file:
+        with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = [line.rsplit(None, 1) for line in file if line.strip()]
         if any(len(line) < 2 for line in lines):
             raise ValueError(f"{source} has a line without a path and a label")
@@ -72,7 +68,7 @@ def open_labelled(source: str | os.PathLike, classes: Sequence[str] = ()) -> Lab
     if classes and found - set(classes):
         raise ValueError(f"{source} has classes that are not known: {sorted(found - set(classes))[:5]}")
     classes = list(classes) or sorted(found)
-    return Labelled(images, one_hot(names, classes), classes)
+    return Labelled(images, one_hot(names, classes), classes, any(len(some) != 1 for some in names))
 
 
 def one_hot(names: Sequence[Sequence[str]], classes: list[str]) -> Tensor:
@@ -96,7 +92,8 @@ def open_splits(data: str) -> tuple[Labelled, Labelled]:
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(f"train and val of {data} differ in their classes: {odd[:5]}")
-    return train, val
+    several = train.several or val.several
+    return train._replace(several=several), val._replace(several=several)
 
 
 # ------------------------------------------------------------------------------------ features
@@ -175,9 +172,10 @@ def extract(network: nn.Module, pictures: Sequence[tuple[Tensor, bool]],
 
 
 class Depths(nn.Module):
-    """A trunk's features at several depths, as VISSL's eval_mlp takes them: images -> list of
-    (B, C * cells). depths: of res2, res3, ..., the stages, whose maps are averaged over two cells,
-    one above the other, and avgpool: the last stage's, averaged over one."""
+    """A trunk's features at several depths: images -> list of (B, C * cells). depths: of res2, res3,
+    ..., the stages, whose maps are averaged over two cells, one above the other, and avgpool: the
+    last stage's, averaged over one. (VISSL has other cells for each network: of the 256GF (2, 1) and
+    (1, 2), of the 32GF (7, 1) and (3, 1).)"""
     CELLS = (2, 1)
 
     def __init__(self, trunk: nn.Module, depths: Sequence[str] = ("avgpool",)):

@@ -167,6 +167,7 @@ def sheet(path: Path, rows: Sequence[Sequence[tuple[Tensor, bool | None]]], colu
     rows: of (uint8 (3, s, s), mark); a shorter one is filled up.  They run down the first of
     `columns`, then down the next.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     frames = {None: (255, 255, 255), True: (0, 170, 0), False: (220, 0, 0)}
     longest, size = max(map(len, rows)), rows[0][0][0].shape[1]
     side, gap = size + 2 * FRAME, 2 * FRAME

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 import train
 from demo import DemoImages
-from evaluate import Centred, extract_features, knn, linear_probe, per_cent
+from classifiers import knn, linear_probe, per_cent
+from labelled import Centred, extract
 from images import Positions, Stream, collate
 from multicrop import MultiCrop, Photometric, parse_crops
 from recipes import configure
@@ -57,7 +58,7 @@ def test_raw_pixels_do_not_give_the_kind_away():
 def test_an_untrained_trunk_does_not_give_the_kind_away(seed):
     torch.manual_seed(seed)
     trunk = RegNet(ARCHS["regnety_100mf"]).to(memory_format=torch.channels_last)
-    x, queries = (extract_features(trunk, Centred(images, 64, 1.0))[0] for images in (TRAIN, VAL))
+    x, queries = (extract(trunk, Centred(images, 64, 1.0))[0][0] for images in (TRAIN, VAL))
     predicted = knn(x, torch.from_numpy(TRAIN.labels), queries)
     assert (predicted == torch.from_numpy(VAL.labels)).float().mean() <= 0.25
 
@@ -86,9 +87,9 @@ def test_labels_make_them_easy():
             logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
-    logits, _ = extract_features(model, Centred(VAL, 64, 1.0))
+    (logits,), _ = extract(model, Centred(VAL, 64, 1.0))
     top1 = (logits.argmax(1) == torch.from_numpy(VAL.labels)).float().mean().item()
-    (x, _), (queries, _) = (extract_features(trunk, Centred(images, 64, 1.0)) for images in (TRAIN, VAL))
+    x, queries = (extract(trunk, Centred(images, 64, 1.0))[0][0] for images in (TRAIN, VAL))
     labels, truth = torch.from_numpy(TRAIN.labels), torch.from_numpy(VAL.labels)
     print(f"supervised, {config.steps} steps of 128: classifier {top1:.1%}, kNN "
           f"{per_cent(knn(x, labels, queries), truth)} %, linear "

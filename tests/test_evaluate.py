@@ -19,6 +19,7 @@ import checkpoint
 import evaluate
 import finetune
 import train
+import weights
 from images import open_images
 from labelled import BATCH, Centred, Depths, extract, open_labelled, open_splits
 from recipes import configure
@@ -79,7 +80,8 @@ def test_lists_of_paths_and_labels(tmp_path):
     (tmp_path / "train.txt").write_text("some pictures/0000.png dog\nsome pictures/0001.png cat,dog\n\n")
     (tmp_path / "val.txt").write_text("some pictures/0002.png\tcat\nsome pictures/0000.png dog")
     train, val = open_splits(str(tmp_path))
-    assert train.classes == val.classes == ["cat", "dog"] and train.several and not val.several
+    assert train.classes == val.classes == ["cat", "dog"] and train.several and val.several
+    assert not open_labelled(tmp_path / "val.txt").several
     assert train.is_of.tolist() == [[False, True], [True, True]] and val.labels.tolist() == [0, 1]
     assert train.images[1] == (tmp_path / "some pictures" / "0001.png").read_bytes()
     assert open_labelled(tmp_path / "val.txt", ["dog", "cow", "cat"]).labels.tolist() == [2, 0]
@@ -158,7 +160,7 @@ def test_knn_from_the_command_line(classes, tmp_path, capsys):
     trunk = RegNet(ARCHS["regnety_100mf"])
     checkpoint.save(tmp_path / "trunk.pt", trunk.state_dict())
     first = command(capsys, "knn", tmp_path / "trunk.pt", "--arch=regnety_100mf", *options)
-    (classes / "val" / "red" / "0.png").write_bytes(b"")
+    (classes / "val" / "blue" / "0.png").write_bytes(b"")           # of the first class: no label slips
     second = command(capsys, "knn", tmp_path / "trunk.pt", *options)
     assert (second["top1"], second["val"], second["left_out"]) == (100, 9, 1)
     kept = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -204,9 +206,13 @@ def test_some_of_the_labels(classes, tmp_path):
     names = [some.images.name(i) for i in range(6)]
     assert names == [evaluate.some_labels(train, "0.25").images.name(i) for i in range(6)]
     assert evaluate.some_labels(train, "0.001").is_of.sum(0).tolist() == [1, 1]
-    (tmp_path / "list.txt").write_text("7.png\n9.png\n")
-    assert [evaluate.some_labels(train, str(tmp_path / "list.txt")).images.name(i) for i in range(4)] == [
-        "blue/7.png", "blue/9.png", "red/7.png", "red/9.png"]
+    (tmp_path / "list.txt").write_text("red/7.png\nblue/9.png\n")
+    some = evaluate.some_labels(train, str(tmp_path / "list.txt"))
+    assert [some.images.name(i) for i in range(2)] == ["blue/9.png", "red/7.png"] and some.labels.tolist() == [0, 1]
+    for wrong in ("7.png\n", "red/7.png\nred/99.png\n"):            # of two classes; not there
+        (tmp_path / "list.txt").write_text(wrong)
+        with pytest.raises(ValueError, match="not there, or not the only ones"):
+            evaluate.some_labels(train, str(tmp_path / "list.txt"))
     with pytest.raises(ValueError, match="neither a share"):
         evaluate.some_labels(train, "2")
 
@@ -240,6 +246,10 @@ def test_finetune_and_classify(classes, tmp_path, capsys, monkeypatch):
 
     result = command(capsys, "classify", tmp_path / "whole", "--data", classes / "val", *QUICK[1:])
     assert result["top1"] == whole["best"] and result["top5"] == 100 and result["size"] == 32
+    write_pictures(tmp_path / "other" / "trunk", 1)
+    with pytest.raises(SystemExit):                                 # another trunk is another run
+        evaluate.main([*map(str, ["finetune", *options, "--seed=1", f"--out={tmp_path / 'whole'}"])])
+    assert "holds another run" in capsys.readouterr().err
     (classes / "val" / "blue").rename(tmp_path / "blue")            # a folder of some of the classes
     result = command(capsys, "classify", tmp_path / "whole", "--data", classes / "val", *QUICK[1:])
     assert (result["top1"], result["classes"], result["present"]) == (100, 2, 1)
@@ -261,6 +271,23 @@ def tune_on_ranks(rank, folder, out):
     model.train = lambda mode=True: torch.nn.Module.train(model, False)
     recipe = finetune.RECIPES["few"]._replace(epochs=1, batch_size=8, size=32)
     return finetune.fit(model, train, val, recipe, Path(out)), model.state_dict()
+
+
+def tune_plainly(rank, folder, out):
+    train, val = open_splits(folder)
+    torch.manual_seed(0)
+    model = finetune.Finetuned(build_trunk("regnety_100mf"), 2)
+    recipe = finetune.RECIPES["few"]._replace(epochs=4, batch_size=8, lr=5, size=32)
+    (last,), _, _ = finetune.fit(model, train, val, recipe, Path(out))
+    saved = finetune.Finetuned(build_trunk("regnety_100mf"), 2)
+    weights.load_weights(saved, str(Path(out) / "last.pt"))
+    return last, finetune.measure(saved, val, recipe, "cpu", 0)[0][0]
+
+
+def test_what_two_ranks_measure_is_the_network_that_is_saved(classes, tmp_path):
+    """Each has running statistics of its own; rank 0's are saved."""
+    for last, saved in run_ranks(tune_plainly, tmp_path, str(classes), str(tmp_path / "run")):
+        assert last == saved
 
 
 def test_two_ranks_tune_as_one(classes, tmp_path):
@@ -295,6 +322,7 @@ def test_features_go_to_a_file_and_are_resumed(classes, tmp_path, capsys):
     command(capsys, "features", *options)
     again = numpy.load(out)
     assert (again[:5] == 7).all() and numpy.allclose(again[5:][ok[5:] > 0], expected[5:][ok[5:] > 0])
+    assert numpy.isnan(again[ok < 0]).all()
     with pytest.raises(SystemExit):
         evaluate.main([*map(str, ["features", *RANDOM, *QUICK[1:], "--size=48", f"--data={classes}", f"--out={out}"])])
     assert "holds other features" in capsys.readouterr().err
@@ -344,7 +372,8 @@ def test_two_ranks_print_what_one_prints(classes, capsys):
     (["knn", "random", "--arch=regnety_100mf", "--data=nowhere"], "no such folder"),
     (["knn", "{trunk}", "--crop-ratio=2"], "--crop-ratio from 0 to 1"),
     (["linear", "{trunk}", "--depths=res7"], "unknown depth res7; there is res2, res3, res4, avgpool"),
-    (["classify", "{trunk}"], "holds no classifier"),
+    (["classify", "{trunk}"], "holds no classifier"), (["classify", "random", "--arch=regnety_100mf"], "no classifier"),
+    (["lowshot", "{trunk}", "--draws=0"], "at least 1"), (["clusters", "{trunk}", "--columns=0"], "at least 1"),
     (["clusters", "{trunk}"], "holds no prototypes"),
     (["finetune", "{trunk}", "--labels=some"], "neither a share, as 0.01, nor a list"),
     (["knn", "{trunk}", "--arch=regnety_200mf"], "holds regnety_100mf, not regnety_200mf")])
