@@ -514,7 +514,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure speed beside the ordinary way.")
     parser.add_argument("what", choices=["step", "trunk", "start", "sinkhorn", "input", "order"])
     parser.add_argument("--arch", default="regnety_400mf", help="of step, trunk and start")
-    parser.add_argument("--crops", default="2x160+4x96", help="of step and input; of trunk the first size")
+    parser.add_argument("--crops", default="2x160+4x96",
+                        help="of step and input; of trunk the first size")
     parser.add_argument("--micro-batch", type=int, default=16, help="pictures of step and trunk")
     parser.add_argument("--checkpoint-activations", action="store_true", help="in step")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))

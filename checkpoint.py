@@ -36,9 +36,9 @@ def save(path: str | os.PathLike, state) -> None:
             torch.save(state, file)
             file.seek(-2, os.SEEK_END)          # a zip archive ends with its comment's length
             file.write((len(_MARK) + 64).to_bytes(2, "little"))
-            digest = _digest(file, file.tell())
+            mark = _MARK + digest(file, file.tell()).encode()
             file.seek(0, os.SEEK_END)
-            file.write(_MARK + digest.encode())
+            file.write(mark)
             file.flush()
             os.fsync(file.fileno())
         if not whole(aside):
@@ -65,11 +65,11 @@ def whole(path: str | os.PathLike) -> bool:
     with open(path, "rb") as file:
         length = file.seek(0, os.SEEK_END) - len(_MARK) - 64
         file.seek(max(0, length))
-        mark, digest = file.read(len(_MARK)), file.read()
-        return mark == _MARK and digest.decode("latin-1") == _digest(file, length)
+        mark, written = file.read(len(_MARK)), file.read()
+        return mark == _MARK and written.decode("latin-1") == digest(file, length)
 
 
-def _digest(file, length: int) -> str:
+def digest(file, length: int) -> str:
     """SHA-256 of the first bytes of a file."""
     file.seek(0)
     digest = hashlib.sha256()

@@ -21,7 +21,6 @@ features: of every picture, to a memory-mapped file.  clusters: each picture's n
 Shapes: N pictures, C features, K classes or prototypes.
 """
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -34,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+import checkpoint
 import export
 import finetune
 import guard
@@ -101,9 +101,7 @@ class Given:
         self.trunk, self.config, self.loaded = load_trunk(self.source, args.arch, args.seed)
         recipe = self.config.get("recipe")              # of finetune: a dictionary
         shown = recipe if isinstance(recipe, dict) else {}
-        if args.recipe:
-            shown = finetune.RECIPES[args.recipe]._asdict()
-        elif "seer_ft" in args.checkpoint:              # an official fine-tuned file
+        if args.recipe == "finetune384" or "seer_ft" in args.checkpoint:        # SEER's own
             shown = finetune.RECIPES["finetune384"]._asdict()
         first = parse_crops(self.config["crops"])[0].size if "crops" in self.config else 224
         self.size = args.size or shown.get("size", first)
@@ -145,7 +143,7 @@ class Given:
         if self.loaded is None:
             return None
         with open(self.loaded.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            return checkpoint.digest(file, os.path.getsize(self.loaded.path))[:16]
 
     def told(self, train: Labelled | None, val: Labelled) -> dict:
         return {"train": len(train.is_of) if train else 0, "val": len(val.is_of),
@@ -211,13 +209,11 @@ def trained(given: Given, model: nn.Module, train: Labelled, val: Labelled, reci
             about: dict) -> tuple[list[float], list[float], dict]:
     """finetune.fit with the command line's changes to a recipe; and what to tell of it."""
     args = given.args
-    changes = {"size": args.size or None, "epochs": args.epochs, "lr": args.lr,
-               "batch_size": args.batch_size, "crop_ratio": args.crop_ratio, "bicubic": args.bicubic}
-    if given.size < 224:                # small pictures: at the size of the pretraining, and larger
-        changes |= {"size": given.size, "crop_ratio": given.ratio, "area": 0.25}         # areas
-    changes["area"] = args.area or changes.get("area")
     published = finetune.RECIPES[recipe].batch_size     # few pictures: at least eight steps an epoch
-    changes["batch_size"] = args.batch_size or min(published, max(8, len(train.images) // 8))
+    changes = {"size": given.size, "crop_ratio": given.ratio, "bicubic": given.bicubic,
+               "area": args.area or (0.25 if given.size < 224 else None), "epochs": args.epochs,
+               "batch_size": args.batch_size or min(published, max(8, len(train.images) // 8)),
+               "lr": args.lr}
     recipe = finetune.RECIPES[recipe]._replace(
         **{name: value for name, value in changes.items() if value is not None})
     out = Path(args.out or f"runs/{args.what}-{given.name()}")
@@ -226,8 +222,8 @@ def trained(given: Given, model: nn.Module, train: Labelled, val: Labelled, reci
         model, train, val, recipe, out, given.device, pick_precision(args.precision, given.device),
         args.workers, args.seed, about=about, **given.channels)
     given.size, given.ratio, given.bicubic = recipe.size, recipe.crop_ratio, recipe.bicubic
-    return last, best, {"train": len(train.images), "val": counted, "left_out": len(val.images) - counted,
-                        "recipe": recipe._asdict(), "out": str(out)}
+    return last, best, {"train": len(train.images), "val": counted, "out": str(out),
+                        "left_out": len(val.images) - counted, "recipe": recipe._asdict()}
 
 
 def run_finetune(given: Given) -> dict:
@@ -248,7 +244,7 @@ def some_labels(train: Labelled, labels: str) -> Labelled:
     """A share of each class, at least one picture, the same at each call; or those whose file names
     a list has, one a line (SimCLR's lists for ImageNet)."""
     if Path(labels).is_file():
-        wanted = {line.strip() for line in Path(labels).read_text("utf-8").splitlines() if line.strip()}
+        wanted = set(filter(None, map(str.strip, Path(labels).read_text("utf-8").splitlines())))
         names = [train.images.name(i) for i in range(len(train.images))]
         if not wanted & set(names):                     # SimCLR's have no folders
             names = [os.path.basename(name) for name in names]

@@ -71,8 +71,8 @@ def resume(config: Config, num_images: int, out: Path,
     version = state.get("version") if isinstance(state, dict) else None
     if version != checkpoint.VERSION:
         raise ValueError(f"{path} is not a checkpoint of this program's version: its version is "
-                         f"{version}, the program's {checkpoint.VERSION}; finish the run with the program that began it, or "
-                         "start another from its trunk.pt (--init)")
+                         f"{version}, the program's {checkpoint.VERSION}; finish the run with the "
+                         "program that began it, or start another from its trunk.pt (--init)")
     if faults and int(os.environ.get("RANK", 0)) == 0:
         print(f"{'; '.join(faults)}: going on from {path}", file=sys.stderr)
     new = dataclasses.asdict(config)

@@ -157,8 +157,8 @@ def setup(config: Config, images, given=None) -> SimpleNamespace:
     if errors := gather_lists(errors):
         raise ValueError(errors[0])
     return SimpleNamespace(
-        lock=held, probe=probe, batches=None, last=bool(state and state["last"]), pending=(state or {}).get("pending", {
-            "bad": [], "bad_total": 0, "skipped": 0, "in_a_row": 0}),
+        lock=held, probe=probe, batches=None, last=bool(state and state["last"]),
+        pending=(state or {}).get("pending", {"bad": [], "bad_total": 0, "skipped": 0, "in_a_row": 0}),
         config=config, out=out, start=start, rank=rank, world=world, device=device, dtype=dtype,
         specs=specs, stream=stream, model=model, wrapped=wrapped,
         optimizer=optimizer, scaler=scaler, queue=queue)
@@ -288,8 +288,8 @@ def train(run: SimpleNamespace, signals: guard.Signals, writer: checkpoint.Write
                 raise Stop(f"the weights are not finite at step {done}; {REMEDY.format(out)}")
             state = checkpoint.run_state(done, dataclasses.asdict(config), len(run.stream.images),
                                          model, optimizer, scaler, queue)
-            state["pending"] = {"bad": list(map(tuple, gather_lists(bad_pictures))), "bad_total": bad_total,
-                                "skipped": skipped, "in_a_row": in_a_row}
+            state["pending"] = {"bad": list(map(tuple, gather_lists(bad_pictures))),
+                                "bad_total": bad_total, "skipped": skipped, "in_a_row": in_a_row}
             if main:
                 writer.save(state, model.trunk.state_dict())
         if stop or done == config.steps:
