@@ -187,7 +187,8 @@ def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: P
         start, now, best, counted = (state[name] for name in ("step", "last", "best", "counted"))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps({"config": settings | channels}, indent=1) + "\n")
+        written = {name: ",".join(map(str, values)) for name, values in channels.items()}
+        (out / "config.json").write_text(json.dumps({"config": settings | written}, indent=1) + "\n")
 
     times = min(MEASURED, max(1, round(recipe.epochs)))
     looks = {round(steps * (i + 1) / times) for i in range(times)}

@@ -197,7 +197,8 @@ def two_steps(device, recompute, compiled=False, arch="regnety_100mf", rank=0, w
 
 
 @pytest.mark.parametrize("arch, compiled", [("regnety_100mf", False), ("regnetx_200mf", False),
-                                            ("resnet50", False), ("regnety_100mf", True)])
+                                            ("resnet50", False), pytest.param(
+                                                "regnety_100mf", True, marks=pytest.mark.long)])
 def test_checkpointing_changes_no_bit(arch, compiled):
     plain, again = (two_steps("cpu", recompute, compiled, arch=arch) for recompute in (False, True))
     assert plain[0] == again[0]
