@@ -362,16 +362,12 @@ def run_features(given: Given) -> dict:
 
 def run_clusters(given: Given) -> dict:
     args, images = given.args, pictures_of(given.args)
-    model = swav_of(given)
-    scores, ok = export.scores(model, given.centred(images), device=given.device,
-                               workers=args.workers, **given.channels)
-    result = {}
-    if is_main():
-        result = export.clusters(scores, ok, images, Path(args.out or "clusters.csv"),
-                                 given.config.get("temperature", 0.1))
-        if args.sheet:
-            rows = export.nearest(scores, ok, args.rows, args.columns)
-            report.sheet(Path(args.sheet), [[tile(given, images, i) for i in row] for row in rows])
+    result, rows = export.clusters(
+        swav_of(given), given.centred(images), Path(args.out or "clusters.csv"),
+        given.config.get("temperature", 0.1), args.rows, args.columns, device=given.device,
+        workers=args.workers, **given.channels)
+    if args.sheet and is_main():
+        report.sheet(Path(args.sheet), [[tile(given, images, i) for i in row] for row in rows])
     return result
 
 

@@ -2,8 +2,7 @@
 
     about = {"checkpoint": "runs/mine/trunk.pt"}
     features(trunk, Centred(images, 224), Path("features.npy"), about, workers=8)
-    cosines, ok = scores(swav, Centred(images, 224), workers=8)
-    clusters(cosines, ok, images, Path("clusters.csv"))
+    clusters(swav, Centred(images, 224), Path("clusters.csv"), workers=8)
 
 Under torchrun each rank takes its share of the pictures.
 
@@ -64,44 +63,41 @@ def features(trunk: nn.Module, centred: Centred, out: Path, about: dict, **optio
             "left_out": int((numpy.asarray(done) < 0).sum())}
 
 
-class Scores(nn.Module):
-    """A SwAV's cosines of pictures and prototypes."""
+class Nearest(nn.Module):
+    """Of each picture: its nearest prototype, the cosine, and the confidence: its share in
+    softmax(cosines / temperature). Sinkhorn has no part in it: that shares out a batch."""
 
-    def __init__(self, model: SwAV):
+    def __init__(self, model: SwAV, temperature: float):
         super().__init__()
-        self.model = model
+        self.model, self.temperature = model, temperature
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model([images])[1]
-
-
-def scores(model: SwAV, centred: Centred, **options) -> tuple[Tensor, Tensor]:
-    """Cosines of pictures and prototypes (N, K), and which pictures could be read (N,)."""
-    (cosines,), ok = extract(Scores(model), centred, desc="clusters", **options)
-    return cosines, ok
+    def forward(self, images: Tensor) -> list[Tensor]:
+        _, cosines = self.model([images])                                # (B, K)
+        cosine, prototype = cosines.max(1)
+        return [prototype.float(), cosine, (cosines / self.temperature).softmax(1).amax(1)]
 
 
-def clusters(cosines: Tensor, ok: Tensor, images, out: Path, temperature: float = 0.1) -> dict:
-    """A CSV of name, nearest prototype, and confidence: its share in softmax(cosines /
-    temperature). Sinkhorn has no part in it: that shares out a batch, and this is one picture."""
-    confidence, prototype = (cosines / temperature).softmax(1).max(1)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", newline="", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(["name", "prototype", "confidence"])
-        table.writerows((images.name(i), int(prototype[i]), f"{confidence[i]:.4f}")
-                        for i in range(len(images)) if ok[i])
+def clusters(model: SwAV, centred: Centred, out: Path, temperature: float = 0.1, rows: int = 16,
+             columns: int = 10, **options) -> tuple[dict, list[list[int]]]:
+    """A CSV of name, prototype and confidence; and, of the `rows` prototypes that most pictures are
+    nearest to, the `columns` nearest of these pictures. options: of labelled.extract."""
+    (prototype, cosine, confidence), ok = extract(Nearest(model, temperature), centred,
+                                                  desc="clusters", **options)
+    prototype, images, count = prototype.long(), centred.images, model.prototypes.out_features
+    if is_main():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "w", newline="", errors="surrogateescape") as file:
+            table = csv.writer(file)
+            table.writerow(["name", "prototype", "confidence"])
+            table.writerows((images.name(i), int(prototype[i]), f"{confidence[i]:.4f}")
+                            for i in range(len(images)) if ok[i])
+    members = torch.bincount(prototype[ok], minlength=count)
+    order = cosine.masked_fill(~ok, -torch.inf).argsort(descending=True)[:int(ok.sum())]
+    largest = members.argsort(descending=True, stable=True)[:min(rows, int((members > 0).sum()))]
+    nearest = [order[prototype[order] == k][:columns].tolist() for k in largest]
     return {"out": str(out), "pictures": int(ok.sum()), "left_out": int((~ok).sum()),
-            "prototypes": cosines.shape[1], "used": prototype[ok].unique().numel(),
-            "confidence": round(confidence[ok].mean().item(), 4)}
-
-
-def nearest(cosines: Tensor, ok: Tensor, rows: int, columns: int) -> list[list[int]]:
-    """The pictures nearest to each of the prototypes that most pictures are nearest to."""
-    cosines = cosines.masked_fill(~ok[:, None], -torch.inf)
-    members = torch.bincount(cosines.argmax(1)[ok], minlength=cosines.shape[1])
-    chosen = members.argsort(descending=True, stable=True)[:rows]
-    return cosines[:, chosen].topk(min(columns, int(ok.sum())), dim=0).indices.t().tolist()
+            "prototypes": count, "used": int((members > 0).sum()),
+            "confidence": round(confidence[ok].mean().item(), 4)}, nearest
 
 
 def wait() -> None:
