@@ -278,13 +278,13 @@ class Named(Subset):
 
 def run_lowshot(given: Given) -> dict:
     args = given.args
+    if min(args.shots) < 1 or args.draws < 1:
+        raise ValueError("lowshot needs --shots and --draws of at least 1")
     (outputs, train), (queries, val) = given.both(args.depths, several=True)
     several = train.several or val.several
     what, rows = "map" if several else "top1", []
     counts = train.is_of.sum(0)
     skipped = [shots for shots in args.shots if shots > counts.min()]
-    if min(args.shots) < 1 or args.draws < 1:
-        raise ValueError("lowshot needs --shots and --draws of at least 1")
     if skipped:
         print(f"without {skipped} pictures a class: the smallest has {int(counts.min())}",
               file=sys.stderr)

@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,11 @@ import finetune
 import train
 from images import open_images
 from labelled import BATCH, Centred, Depths, extract, open_labelled, open_splits
+from multicrop import IMAGENET_MEAN, IMAGENET_STD
 from recipes import configure
 from regnet import ARCHS, RegNet
 from scale import build_trunk
+from weights import from_ours
 
 ROOT = Path(evaluate.__file__).parent
 RANDOM = ["random", "--arch=regnety_100mf"]
@@ -42,6 +45,27 @@ def classes(tmp_path):
                 shade = Image.new("RGB", (40, 50), colour)
                 Image.blend(shade, Image.new("RGB", (40, 50), "white"), i / 50).save(place)
     return folder
+
+
+@pytest.fixture
+def shades(tmp_path):
+    """Six classes that overlap: an untrained network tells apart some of them."""
+    folder, rng = tmp_path / "shades", numpy.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 6)):
+        for k, colour in enumerate(rng.integers(0, 256, (6, 3))):
+            (folder / split / f"{k}").mkdir(parents=True)
+            for i in range(count):
+                mixed = 0.25 * colour + 0.75 * rng.integers(0, 256, 3)
+                Image.new("RGB", (40, 50), tuple(mixed.astype(int).tolist())).save(
+                    folder / split / f"{k}" / f"{i}.png")
+    return folder
+
+
+def normalised(images, *how, numbers=None):
+    """Centred pictures, with ImageNet's means; numbers: of which; none: all."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    numbers = range(len(images)) if numbers is None else numbers
+    return torch.stack([(Centred(images, *how)[i][0] / 255 - mean) / std for i in numbers])
 
 
 def command(capsys, *argv):
@@ -254,6 +278,32 @@ def test_finetune_and_classify(classes, tmp_path, capsys, monkeypatch):
     assert (result["top1"], result["classes"], result["present"]) == (100, 2, 1)
 
 
+@pytest.mark.parametrize("layout", ["vissl", "torchvision"])
+def test_classify_an_official_layout(shades, tmp_path, capsys, layout):
+    """A classifier of eight classes, as VISSL and torchvision store it; the folder has six of them."""
+    torch.manual_seed(0)
+    model = finetune.Finetuned(build_trunk("regnety_100mf"), 8).eval()
+    torch.nn.init.normal_(model.fc.weight)
+    path = tmp_path / ("seer_ft.torch" if layout == "vissl" else "tuned.pth")
+    torch.save(from_ours(model.tensors(), layout), path)
+    names = ["5", "none", "3", "0", "absent", "1", "4", "2"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    result = command(capsys, "classify", path, "--data", shades / "val", "--workers=0", "--device=cpu",
+                     f"--classes={tmp_path / 'names.txt'}", *(["--size=48"] if layout == "vissl" else ["--size=32"]))
+    size, ratio, bicubic = (48, 1.0, True) if layout == "vissl" else (32, 0.875, False)   # SEER's; the usual
+    assert (result["size"], result["crop_ratio"], result["bicubic"]) == (size, ratio, bicubic)
+    images = open_images(shades / "val")
+    with torch.no_grad():
+        (scores,) = model(normalised(images, size, ratio, bicubic))
+    top1 = top5 = 0
+    for row, label in zip(scores, images.labels):
+        ranked = [names[k] for k in row.argsort(descending=True) if names[k] in images.classes]
+        top1, top5 = top1 + (ranked[0] == str(label)), top5 + (str(label) in ranked[:5])
+    assert 0 < top1 < 36 and 0 < top5 < 36
+    assert (result["top1"], result["top5"]) == (round(top1 / 0.36, 2), round(top5 / 0.36, 2))
+    assert (result["classes"], result["present"], result["val"]) == (8, 6, 36)
+
+
 def test_the_learning_rate_follows_the_recipe():
     published = finetune.RECIPES["finetune"]
     assert [round(published.lr_at(epoch), 6) for epoch in (0, 29.9, 30, 60, 90, 100)] == [
@@ -262,22 +312,43 @@ def test_the_learning_rate_follows_the_recipe():
     assert [round(shorter.lr_at(epoch), 6) for epoch in (2.9, 3, 6)] == [0.2, 0.02, 0.002]
 
 
-def tune_on_ranks(rank, folder, out):
+def tune_on_ranks(rank, folder, out, stop_early=False):
     """BatchNorm in eval mode: the same step on any number of ranks."""
     train, val = open_splits(folder)
     torch.manual_seed(0)
-    model = finetune.Finetuned(build_trunk("regnety_100mf"), 2)
+    model = finetune.Finetuned(build_trunk("regnety_100mf"), len(train.classes))
     model.train = lambda mode=True: torch.nn.Module.train(model, False)
-    recipe = finetune.RECIPES["few"]._replace(epochs=1, batch_size=8, size=32)
-    return finetune.fit(model, train, val, recipe, Path(out)), model.state_dict()
+    recipe = finetune.RECIPES["few"]._replace(epochs=2, batch_size=8, size=32, lr=2)
+    if stop_early:
+        finetune.checkpoint.save = saved_once
+    fresh = model.fc.weight.clone()
+    reached = finetune.fit(model, train, val, recipe, Path(out))
+    assert (model.fc.weight - fresh).abs().max() > 0.01
+    return reached, model.state_dict()
 
 
-def test_two_ranks_tune_as_one(classes, tmp_path):
-    best, weights = tune_on_ranks(0, str(classes), tmp_path / "one")
-    for top1, of_rank in run_ranks(tune_on_ranks, tmp_path, str(classes), str(tmp_path / "two")):
-        assert top1 == best
-        for name, value in weights.items():
-            torch.testing.assert_close(of_rank[name], value, rtol=1e-4, atol=1e-5, msg=name)
+def tune_in_turn(rank, folder, outs):
+    return [tune_on_ranks(rank, folder, out) for out in outs]
+
+
+def saved_once(path, state, save=checkpoint.save):
+    save(path, state)
+    if Path(path).name == "checkpoint.pt":
+        raise KeyboardInterrupt
+
+
+def test_two_ranks_tune_as_one(shades, tmp_path, monkeypatch):
+    """Also where two go on with what one began."""
+    reached, weights = tune_on_ranks(0, str(shades), tmp_path / "one")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune.checkpoint, "save", checkpoint.save)         # put back afterwards
+        tune_on_ranks(0, str(shades), tmp_path / "begun", stop_early=True)
+    assert checkpoint.load(tmp_path / "begun" / "checkpoint.pt")["step"] == 6       # of 12
+    for of_rank in run_ranks(tune_in_turn, tmp_path, str(shades), [str(tmp_path / "two"), str(tmp_path / "begun")]):
+        for got, tuned in of_rank:
+            assert got == reached
+            for name, value in weights.items():
+                torch.testing.assert_close(tuned[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def tune_plainly(rank, folder, out):
@@ -341,9 +412,7 @@ def test_clusters_are_the_nearest_prototypes(classes, tmp_path, capsys):
     model.load_state_dict(state["model"])
     images = open_images(classes)
     for i in (0, 20, 33):
-        picture = Centred(images, 32)[i][0][None] / 255
-        picture = (picture - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
-            [0.229, 0.224, 0.225]).view(3, 1, 1)
+        picture = normalised(images, 32, numbers=[i])
         with torch.no_grad():
             _, scores = model([picture])
         assert rows[i]["name"] == images.name(i) and int(rows[i]["prototype"]) == scores.argmax().item()
@@ -354,9 +423,51 @@ def test_clusters_are_the_nearest_prototypes(classes, tmp_path, capsys):
     assert "holds no prototypes" in capsys.readouterr().err
 
 
-def test_two_ranks_print_what_one_prints(classes, capsys):
-    argv = ["knn", *RANDOM, "--data", str(classes), *QUICK]
+def protocols_of_rank(rank, *commands):
+    return [evaluate.PROTOCOLS[argv[0]](evaluate.Given(evaluate.parse(argv))) for argv in commands]
+
+
+def test_two_ranks_write_what_one_writes(shades, tmp_path):
+    """Features, also where two go on with what one began, and clusters, byte by byte. (Trained by SGD, the
+    probes' BatchNorm has its own half of each batch, as in VISSL: there the ranks agree with each other.)"""
+    run = tmp_path / "run"
+    train.main([f"--data={shades}", f"--out={run}", "--recipe=demo", "--crops=2x32+2x16", "--steps=2",
+                "--batch-size=4", "--workers=0", "--device=cpu", "--prototypes=7", "--head=16-8"])
+    (shades / "val" / "3" / "1.png").write_bytes(b"no")
+
+    def argv(what, out, *more):
+        return [what, str(run), f"--data={shades}", f"--out={tmp_path / out}", *QUICK[1:], *more]
+
+    sgd = "--sgd", "--epochs=6", "--batch-size=12", "--lr=1", "--depths=res2,avgpool"
+    features, clusters, linear = protocols_of_rank(
+        0, argv("features", "one.npy"), argv("clusters", "one.csv"), argv("linear", "one", *sgd))
+    assert (features["pictures"], features["left_out"]) == (84, 1) and clusters["used"] > 1
+    for name in (".npy", ".ok.npy", ".txt", ".json"):
+        shutil.copy(tmp_path / f"one{name}", tmp_path / f"begun{name}")
+    done = numpy.lib.format.open_memmap(tmp_path / "begun.ok.npy", "r+")
+    rows = numpy.lib.format.open_memmap(tmp_path / "begun.npy", "r+")
+    done[30:70], rows[30:70] = 0, 7
+    del done, rows
+
+    both = run_ranks(protocols_of_rank, tmp_path, argv("features", "two.npy"), argv("features", "begun.npy"),
+                     argv("clusters", "two.csv"), argv("linear", "two", *sgd))
+    assert both[0] == both[1]
+    two, begun, of_two, by_sgd = both[0]
+    assert [row | {"out": ""} for row in (two, begun, of_two)] == [
+        row | {"out": ""} for row in (features, features, clusters)]
+    for name in (".npy", ".ok.npy", ".txt", ".json"):
+        for out in ("two", "begun"):
+            assert (tmp_path / f"{out}{name}").read_bytes() == (tmp_path / f"one{name}").read_bytes(), (out, name)
+    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    assert [row["depth"] for row in by_sgd["all"]] == ["res2", "avgpool"]
+    assert all(100 / 6 < row["best"] < 100 for row in (by_sgd, linear))
+    assert abs(by_sgd["best"] - linear["best"]) < 25
+
+
+def test_two_ranks_print_what_one_prints(shades, capsys):
+    argv = ["knn", *RANDOM, "--data", str(shades), *QUICK, "--k=5"]
     alone = command(capsys, *argv)
+    assert 100 / 6 < alone["top1"] < 100
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                              str(ROOT / "evaluate.py"), *argv], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
