@@ -2,14 +2,18 @@
 
     python bench.py step --arch regnety_400mf --crops 2x96+4x64 --micro-batch 32
     python bench.py trunk --arch regnety_8gf --crops 1x128 --micro-batch 4    # and torchvision's
+    python bench.py compile            # the step compiled and not
     python bench.py start              # from the command to the first step
     python bench.py sinkhorn           # against the textbook loop
+    python bench.py optimizer          # LARC, against the plain loop and against its floor
+    python bench.py growth             # cost against batch, prototypes, crops, ranks and pictures
+    python bench.py features           # evaluate.py's, beside trunk alone and input alone
     python bench.py input              # pictures to crops, on one core
     python bench.py order              # position to picture, among a billion
 
 Measured rows are ratios of medians taken in turn (ours, theirs, ours, theirs, ...), so a machine
 whose speed drifts slows both; each is called twice and the second call is timed, as in a loop that
-does nothing else. The ordinary way is written here, plainly, as one finds it elsewhere.
+does nothing else. The ordinary way is in ordinary.py.
 
 Shapes: B pictures, V crops, D embedding, K prototypes.
 """
@@ -18,6 +22,7 @@ import datetime
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -34,20 +39,21 @@ from typing import Callable
 
 import numpy
 import torch
+import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchvision import transforms
 
 from images import Positions, Stream, collate, mix, permute
+from labelled import BATCH, Centred, in_batches
 from larc import LARC
-from multicrop import (IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Photometric, parse_crops,
-                       random_box)
+from multicrop import MultiCrop, Photometric, parse_crops, random_box
+from ordinary import (ordinary_crops, ordinary_step, ordinary_trunk, plain_larc,
+                      textbook_sinkhorn)
 from plan import cost, memory, peak_memory, work
 from recipes import Config, configure, hyphens, parse_head
-from regnet import ARCHS
 from scale import (ASSIGNED, build_model, build_trunk, layout, pick_device, pick_precision,
                    swav_backward, wrap)
 from sinkhorn import sinkhorn
@@ -92,12 +98,12 @@ def bf16_peak(device: torch.device) -> float:
 
 
 def our_step(config: Config, device: torch.device, dtype: torch.dtype,
-             recompute: bool) -> Callable:
+             recompute: bool = False, compiled: bool = False) -> Callable:
     """One step of train.py's on pictures that are there; step(clock) fills the clock."""
-    specs = parse_crops(config.crops)
+    specs, pieces = parse_crops(config.crops), config.batch_size // config.micro_batch
     model = build_model(config.arch, parse_head(config.head), config.prototypes, config.head_bn,
                         device=device)
-    network = wrap(model, device, checkpoint_activations=recompute)
+    network = wrap(model, device, checkpoint_activations=recompute, compiled=compiled)
     optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
     photometric, draw = Photometric().to(device), MultiCrop(specs).draw
     rng = random.Random(0)
@@ -118,81 +124,13 @@ def our_step(config: Config, device: torch.device, dtype: torch.dtype,
     def step(clock: Clock) -> None:
         optimizer.zero_grad(set_to_none=True)
         whole = clock.timed("forward, codes, backward", swav_backward)
-        whole(model, clock.timed("forward", network), [crops], [spec.count for spec in specs],
-              clock.timed("Sinkhorn", codes_of), config.temperature, dtype,
-              prepare=clock.timed("distortion", distort))
+        whole(model, clock.timed("forward", network), [crops] * pieces,
+              [spec.count for spec in specs], clock.timed("Sinkhorn", codes_of),
+              config.temperature, dtype, prepare=clock.timed("distortion", distort))
         clock.timed("optimizer", update)()
         ms = clock.ms
         ms["backward"] = ms.pop("forward, codes, backward") - sum(
             ms[name] for name in ("distortion", "forward", "Sinkhorn"))
-
-    return step
-
-
-def ordinary_trunk(arch: str) -> nn.Module:
-    """torchvision's; a few RegNets are rounded to other widths there."""
-    if arch not in ARCHS:
-        return torchvision.models.resnet50()
-    p = ARCHS[arch]
-    return torchvision.models.RegNet(torchvision.models.regnet.BlockParams.from_init_params(
-        p.depth, p.w_0, p.w_a, p.w_m, p.group_width, se_ratio=p.se_ratio))
-
-
-def ordinary_step(config: Config, device: torch.device) -> Callable:
-    """The same step as it is usually written: torchvision's network, NCHW, eager, float32 or on a
-    GPU bf16 autocast, the loss as a double loop, the textbook Sinkhorn, LARC tensor by tensor."""
-    specs = parse_crops(config.crops)
-    views = sum(spec.count for spec in specs)
-    with torch.device(device):
-        trunk = ordinary_trunk(config.arch)
-        widths, head = [trunk.fc.in_features, *parse_head(config.head)], nn.Sequential()
-        trunk.fc = nn.Identity()
-        for i, (w_in, w_out) in enumerate(zip(widths, widths[1:])):
-            head.append(nn.Linear(w_in, w_out))
-            if i < len(widths) - 2:
-                head.extend([nn.BatchNorm1d(w_out)] * config.head_bn + [nn.ReLU()])
-        prototypes = nn.Linear(widths[-1], config.prototypes, bias=False)
-    params = [p for m in (trunk, head, prototypes) for p in m.parameters()]
-    optimizer = torch.optim.SGD(params, config.lr, config.momentum)
-    crops = [crop.float() / 255 for crop in random_crops(config, device)]
-
-    def forward():
-        features = torch.cat([trunk(images) for images in crops])
-        return prototypes(F.normalize(head(features), dim=1))
-
-    def codes(scores):
-        with torch.no_grad():
-            return [textbook_sinkhorn(scores[a].float(), config.epsilon, config.sinkhorn_iterations)
-                    for a in range(ASSIGNED)]
-
-    def backward(scores, codes):
-        loss = 0.0
-        for a, code in enumerate(codes):
-            subloss = 0.0
-            for v in set(range(views)) - {a}:
-                log_p = F.log_softmax(scores[v].float() / config.temperature, dim=1)
-                subloss -= (code * log_p).sum(1).mean()
-            loss += subloss / (views - 1)
-        (loss / len(codes)).backward()
-
-    @torch.no_grad()
-    def update():
-        for p in params:
-            p_norm, g_norm = p.norm(), p.grad.norm()
-            if p_norm != 0 and g_norm != 0:
-                rate = 0.001 * p_norm / (g_norm + config.weight_decay * p_norm + 1e-8)
-                p.grad += config.weight_decay * p
-                p.grad *= rate
-        optimizer.step()
-        prototypes.weight.copy_(F.normalize(prototypes.weight, dim=1))
-
-    def step(clock: Clock) -> None:
-        optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
-            scores = clock.timed("forward", forward)().unflatten(0, (views, -1))      # (V, B, K)
-            assigned = clock.timed("Sinkhorn", codes)(scores)
-            clock.timed("backward", backward)(scores, assigned)
-        clock.timed("optimizer", update)()
 
     return step
 
@@ -213,7 +151,7 @@ def bench_step(config: Config, device: torch.device, dtype: torch.dtype, recompu
         steps["ours"](Clock(device))
     taken = peak_memory(device) - before            # before the other network is there
     try:
-        steps["ordinary"] = ordinary_step(config, device)
+        steps["ordinary"] = ordinary_step(config, random_crops(config, device))
         steps["ordinary"](Clock(device))
     except torch.OutOfMemoryError:
         steps.pop("ordinary", None)
@@ -254,6 +192,29 @@ def bench_step(config: Config, device: torch.device, dtype: torch.dtype, recompu
         print(f"{'ratio':<20}{result['ratio']:>12.2f}")
     print(f"\npeak memory {taken / 1e9:.2f} GB, the plan says {planned / 1e9:.2f}; a bf16 matrix "
           f"product reaches {peak:.3g} TFLOP/s")
+    return result
+
+
+def bench_compile(config: Config, device: torch.device, dtype: torch.dtype, recompute: bool,
+                  repeats: int) -> dict:
+    """The step as it is and with the trunk compiled; the first step's time; graphs and breaks."""
+    counters, clock, steps = torch._dynamo.utils.counters, Clock(device), {}
+    for name in ("eager", "compiled"):
+        torch.manual_seed(0)
+        steps[name] = our_step(config, device, dtype, recompute, name == "compiled")
+        counters.clear()
+        clock.timed(name, steps[name])(Clock(device))
+    graphs = counters["stats"]["unique_graphs"]
+    ms = in_turn({name: partial(step, Clock(device)) for name, step in steps.items()}, repeats,
+                 device)
+    result = {"arch": config.arch, "crops": config.crops, "micro_batch": config.micro_batch,
+              "precision": str(dtype).removeprefix("torch."), "checkpoint_activations": recompute,
+              "repeats": repeats, "step, ms": ms, "ratio": ms["eager"] / ms["compiled"],
+              "first step, s": clock.ms["compiled"] / 1e3, "graphs": graphs,
+              "graphs made later": counters["stats"]["unique_graphs"] - graphs,
+              "graph breaks": sum(counters["graph_break"].values())}
+    for name, value in result.items():
+        print(f"{name:<24}{value}")
     return result
 
 
@@ -324,33 +285,142 @@ def in_turn(functions: dict, repeats: int, device=torch.device("cpu")) -> dict[s
 
 
 # ------------------------------------------------------------------------------------ sinkhorn
-def textbook_sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Exponentiate, then divide rows and columns in turn."""
-    q = torch.exp(scores / epsilon)                                      # (B, K)
-    q /= q.sum()
-    for _ in range(iterations):
-        q /= q.sum(0, keepdim=True)
-        q /= q.shape[1]
-        q /= q.sum(1, keepdim=True)
-        q /= q.shape[0]
-    return q * q.shape[0]
+PROBLEMS = ((64, 3000, 3), (512, 3000, 3), (4096, 3000, 3), (512, 16000, 3), (4096, 16000, 3),
+            (8192, 16000, 10))          # pictures, prototypes, iterations; the last: SEER's
 
 
-def bench_sinkhorn(repeats: int) -> None:
-    print(f"Sinkhorn, epsilon 0.05, 3 iterations, fp32, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, median of {repeats} in turn\n"
-          f"{'B':>6} {'K':>6} {'textbook ms':>12} {'sinkhorn.py ms':>15} {'ratio':>6}")
-    ratios = []
-    for rows, prototypes in ((64, 3000), (512, 3000), (4096, 3000), (512, 16000), (4096, 16000)):
+def bench_sinkhorn(repeats: int) -> dict:
+    print(f"Sinkhorn, epsilon 0.05, fp32, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, median of {repeats} in turn\n{'B':>6} {'K':>6} {'iterations':>10} "
+          f"{'textbook ms':>12} {'sinkhorn.py ms':>15} {'ratio':>6}")
+    rows = []
+    for pictures, prototypes, iterations in PROBLEMS:
         torch.manual_seed(0)
-        scores = (F.normalize(torch.randn(rows, 128), dim=1)
+        scores = (F.normalize(torch.randn(pictures, 128), dim=1)
                   @ F.normalize(torch.randn(prototypes, 128), dim=1).t())
-        ms = in_turn({"textbook": lambda: textbook_sinkhorn(scores, 0.05, 3),
-                      "ours": lambda: sinkhorn(scores, 0.05, 3)}, repeats)
-        ratios.append(ms["textbook"] / ms["ours"])
-        print(f"{rows:>6} {prototypes:>6} {ms['textbook']:>12.2f} {ms['ours']:>15.2f} "
-              f"{ratios[-1]:>6.2f}")
-    print(f"median ratio {statistics.median(ratios):.2f}")
+        ms = in_turn({"textbook": lambda: textbook_sinkhorn(scores, 0.05, iterations),
+                      "ours": lambda: sinkhorn(scores, 0.05, iterations)}, repeats)
+        rows.append({"B": pictures, "K": prototypes, "iterations": iterations, **ms,
+                     "ratio": ms["textbook"] / ms["ours"]})
+        print(f"{pictures:>6} {prototypes:>6} {iterations:>10} {ms['textbook']:>12.2f} "
+              f"{ms['ours']:>15.2f} {rows[-1]['ratio']:>6.2f}")
+    scores = scores[:64].repeat(ASSIGNED, 1)
+    together = collectives(lambda: swav_codes(scores, ASSIGNED, iterations=10))
+    apart = collectives(lambda: [sinkhorn(some, iterations=10) for some in scores.chunk(ASSIGNED)])
+    median = statistics.median(row["ratio"] for row in rows)
+    print(f"median ratio {median:.2f}\ncollectives a step of {ASSIGNED} assigned crops, "
+          f"10 iterations: {together}; with one call per crop {apart}")
+    return {"repeats": repeats, "rows": rows, "collectives": together, "one call per crop": apart}
+
+
+def collectives(function: Callable) -> int:
+    """How often a function calls dist.all_reduce, in a process group of one."""
+    calls, plain = [], dist.all_reduce
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
+        dist.all_reduce = lambda *args, **options: calls.append(1) or plain(*args, **options)
+        try:
+            function()
+        finally:
+            dist.all_reduce = plain
+            dist.destroy_process_group()
+    return len(calls)
+
+
+# ----------------------------------------------------------------------------------- optimizer
+def bench_optimizer(config: Config, device: torch.device, repeats: int) -> dict:
+    """LARC's step; beside the plain loop, and beside seven passes over the parameters' bytes at the
+    rate of a copy: norms read p and g, the update reads p, g and v and writes p and v."""
+    model = build_model(config.arch, parse_head(config.head), config.prototypes, config.head_bn,
+                        device=device)
+    params = list(model.to(memory_format=layout(device)).parameters())
+    for p in params:
+        p.grad = torch.randn_like(p)
+    ours = LARC(params, 1e-3, config.momentum, config.weight_decay)
+    theirs = torch.optim.SGD(params, 1e-3, config.momentum)
+    size = sum(p.numel() * p.element_size() for p in params)
+    source = torch.ones(max(size // 4, 2 ** 26), device=device)
+    target = torch.empty_like(source)
+    ms = in_turn({"ordinary": partial(plain_larc, params, theirs, config.weight_decay),
+                  "ours": ours.step, "copy": partial(target.copy_, source)}, repeats, device)
+    floor = 7 * size * ms.pop("copy") / (2 * 4 * len(source))
+    result = {"arch": config.arch, "parameters": size // 4, "repeats": repeats, **ms,
+              "floor": floor,
+              "ratio": ms["ordinary"] / ms["ours"], "of floor": ms["ours"] / floor}
+    print(f"LARC, {config.arch} with head, {size / 4e6:.1f} M parameters; {device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {repeats} in "
+          f"turn\nplain loop {ms['ordinary']:.1f} ms, larc.py {ms['ours']:.1f} ms, ratio "
+          f"{result['ratio']:.2f}; 7 passes over memory {floor:.1f} ms, larc.py "
+          f"{result['of floor']:.2f} times that")
+    return result
+
+
+# -------------------------------------------------------------------------------------- growth
+def bench_growth(dtype: torch.dtype, repeats: int) -> dict:
+    """On a CPU, a RegNetY-100MF on small crops: what a step costs as one thing grows. The exponent
+    is that of the growth from the first row to the last: 0 is flat, 1 is linear. Where only a part
+    of the step grows, what one more costs says more: it is what each adds to the first row's."""
+    def config(batch=16, **changes):
+        given = configure({"arch": "regnety_100mf", "crops": "2x64+4x32", "head": "256-64",
+                           "prototypes": 1000, "batch_size": batch, **changes})
+        return replace(given, micro_batch=16)
+
+    def steps(configs: dict) -> dict:
+        cpu, first = torch.device("cpu"), min(configs)
+        clocks = {x: partial(our_step(c, cpu, dtype), Clock(cpu)) for x, c in configs.items()}
+        ms = in_turn(clocks, repeats)
+        return {x: {"step, ms": ms[x], "one more, ms": (ms[x] - ms[first]) / max(1, x - first)}
+                for x in ms}
+
+    tables = {}
+
+    def table(name: str, grown: dict) -> None:
+        """grown: size -> the columns of a row."""
+        first, *_, last = sizes = list(grown)
+        column = next(iter(grown[first]))
+        exponent = math.log(grown[last][column] / grown[first][column]) / math.log(last / first)
+        print(f"\n{name}\n" + " " * 15 + "".join(f"{column:>22}" for column in grown[first]))
+        for size in sizes:
+            print(f"{size:>15,}" + "".join(f"{value:>22.4g}" for value in grown[size].values()))
+        print(f"{'exponent':>15}{exponent:>22.2f}", flush=True)
+        tables[name] = {"rows": grown, "exponent": exponent}
+
+    table("pictures of the batch, in micro-batches of 16", steps(
+        {batch: config(batch) for batch in (32, 64, 128, 256)}))
+    table("prototypes", steps({k: config(prototypes=k) for k in (1000, 16000, 64000, 128000)}))
+    table("small crops, beside two large ones", steps(
+        {count: config(crops=f"2x64+{count}x32") for count in (2, 4, 8, 16)}))
+    table("ranks of 16 pictures each, one thread a rank (gloo)", {
+        world: {"step, ms": of_ranks(world, config(16 * world), dtype, repeats)}
+        for world in (1, 2)})
+    positions, rows = [mix(i) for i in range(10_000)], {}
+    for count in (1_000, 1_000_000, 1_000_000_000):
+        order = partial(lambda count: [permute(p % count, count, 7) for p in positions], count)
+        rows[count] = {"order, microseconds": in_turn({"": order}, repeats)[""] / 10}
+    table("pictures of the set, a position", rows)
+    return {"repeats": repeats, "tables": tables}
+
+
+def of_ranks(world: int, config: Config, dtype: torch.dtype, repeats: int) -> float:
+    """Median milliseconds of a step of so many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(one_rank, (world, folder, config, dtype, repeats), world)
+        return float(Path(folder, "ms").read_text())
+
+
+def one_rank(rank: int, world: int, folder: str, config: Config, dtype: torch.dtype,
+             repeats: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank,
+                            world_size=world)
+    try:
+        config = replace(config, batch_size=config.micro_batch)         # a rank's own
+        step, cpu = our_step(config, torch.device("cpu"), dtype), torch.device("cpu")
+        ms = in_turn({"": partial(step, Clock(cpu))}, repeats)[""]
+        if rank == 0:
+            Path(folder, "ms").write_text(str(ms))
+    finally:
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------- input
@@ -366,27 +436,6 @@ def jpeg(width: int, height: int, seed: int, quality: int = 93) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(grainy.clip(0, 255).astype(numpy.uint8)).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
-
-
-def ordinary_crops(specs) -> Callable:
-    """As it is usually written: torchvision's transforms on a PIL picture, once for each crop."""
-    def blur(image):
-        if random.random() < 0.5:
-            return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
-        return image
-
-    views = [transforms.Compose([
-        transforms.RandomResizedCrop(spec.size, spec.scale), transforms.RandomHorizontalFlip(),
-        transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
-        transforms.RandomGrayscale(0.2), blur, transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]) for spec in specs
-        for _ in range(spec.count)]
-
-    def crops(data: bytes) -> list[Tensor]:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        return [view(image) for view in views]
-
-    return crops
 
 
 class Encoded:
@@ -470,6 +519,38 @@ def bench_input(crops: str, repeats: int) -> dict:
     return result
 
 
+def bench_features(arch: str, device: torch.device, repeats: int) -> dict:
+    """Seconds of evaluate.py's features of JPEGs of 500 x 375 pixels, at 224, with one worker; of
+    the trunk alone, on as many black pictures, also as it usually is; and of the input alone. With
+    all threads the worker takes some of their time; with one fewer it has a processor to itself."""
+    batches = 6
+
+    class Some(Encoded):
+        def __len__(self) -> int:
+            return batches * BATCH
+
+    centred = Centred(Some([jpeg(500, 375, seed) for seed in range(16)]), 224)
+    trunk, plain = build_trunk(arch), build_trunk(arch).eval().to(device)
+    black = torch.zeros(3, 224, 224, dtype=torch.uint8), True
+    options, images = {"device": device, "desc": ""}, torch.zeros(BATCH, 3, 224, 224, device=device)
+    ways = {"together": lambda: list(in_batches(trunk, centred, workers=1, **options)),
+            "trunk": lambda: list(in_batches(trunk, [black] * len(centred), **options)),
+            "trunk, NCHW": torch.no_grad()(lambda: [plain(images) for _ in range(batches)]),
+            "input": lambda: list(DataLoader(centred, BATCH, num_workers=1))}
+    result = {"arch": arch, "pictures": len(centred), "repeats": repeats}
+    print(f"features of {len(centred)} pictures, {arch}, 224 pixels, one worker; {device}, torch "
+          f"{torch.__version__}, median of {repeats} in turn, seconds")
+    all_of_them = torch.get_num_threads()
+    for threads in sorted({all_of_them, max(1, all_of_them - 1)}):
+        torch.set_num_threads(threads)
+        ms = in_turn(ways, repeats, device)
+        ratio = ms["together"] / max(ms["trunk"], ms["input"])
+        result[f"{threads} threads"] = ms | {"ratio": ratio}
+        print(f"{threads} threads: " + "  ".join(f"{name} {ms[name] / 1e3:.2f}" for name in ms)
+              + f"; together {ratio:.2f} times the larger of trunk and input")
+    return result
+
+
 def bench_order(repeats: int) -> dict:
     """Microseconds from a position of the stream to its picture."""
     count = 1_000_000_000
@@ -512,7 +593,8 @@ def write_results(path: Path, results: list, what: str, result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure speed beside the ordinary way.")
-    parser.add_argument("what", choices=["step", "trunk", "start", "sinkhorn", "input", "order"])
+    parser.add_argument("what", choices=["step", "compile", "trunk", "start", "sinkhorn",
+                                         "optimizer", "growth", "features", "input", "order"])
     parser.add_argument("--arch", default="regnety_400mf", help="of step, trunk and start")
     parser.add_argument("--crops", default="2x160+4x96",
                         help="of step and input; of trunk the first size")
@@ -523,30 +605,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=0, help="(5; of sinkhorn 15)")
     parser.add_argument("--out", default="runs/bench.json", help="where results are added")
     args = parser.parse_args(hyphens(sys.argv[1:] if argv is None else argv))
-    if args.what == "sinkhorn":
-        return bench_sinkhorn(max(args.repeats, 0) or 15)
     try:
         if args.micro_batch < 1 or args.repeats < 0:
             raise ValueError("--micro-batch must be at least 1, and --repeats not below 0")
         out = Path(args.out)
         results = read_results(out)
-        if args.what == "start":
-            result = bench_start(args.arch)
-        elif args.what == "input":
-            result = bench_input(args.crops, args.repeats or 5)
-        elif args.what == "order":
-            result = bench_order(args.repeats or 5)
-        else:
-            device, repeats = pick_device(args.device), args.repeats or 5
-            dtype = pick_precision(args.precision, device)
-            if args.what == "trunk":
-                result = bench_trunk(args.arch, args.micro_batch, parse_crops(args.crops)[0].size,
-                                     device, dtype, repeats)
-            else:
-                config = configure({"arch": args.arch, "crops": args.crops,
-                                    "batch_size": max(2, args.micro_batch)})
-                result = bench_step(replace(config, micro_batch=args.micro_batch), device, dtype,
-                                    args.checkpoint_activations, repeats)
+        device, repeats = pick_device(args.device), args.repeats or 5
+        dtype = pick_precision(args.precision, device)
+
+        def of_network(measure: Callable, *how) -> dict:
+            config = configure({"arch": args.arch, "crops": args.crops,
+                                "batch_size": max(2, args.micro_batch)})
+            config = replace(config, batch_size=args.micro_batch, micro_batch=args.micro_batch)
+            return measure(config, device, *how, repeats)
+
+        result = {
+            "step": lambda: of_network(bench_step, dtype, args.checkpoint_activations),
+            "compile": lambda: of_network(bench_compile, dtype, args.checkpoint_activations),
+            "optimizer": lambda: of_network(bench_optimizer),
+            "trunk": lambda: bench_trunk(args.arch, args.micro_batch,
+                                         parse_crops(args.crops)[0].size, device, dtype, repeats),
+            "start": lambda: bench_start(args.arch),
+            "sinkhorn": lambda: bench_sinkhorn(args.repeats or 15),
+            "growth": lambda: bench_growth(dtype, repeats),
+            "features": lambda: bench_features(args.arch, device, repeats),
+            "input": lambda: bench_input(args.crops, repeats),
+            "order": lambda: bench_order(repeats)}[args.what]()
         write_results(out, results, args.what, result)
     except torch.OutOfMemoryError:
         fail("the device has no room for this step: try a smaller --micro-batch or "

@@ -28,7 +28,7 @@ from recipes import Config
 MAX_NAMED = 100_000         # pictures
 # what may change between the parts of one run
 FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "keep_every",
-        "max_bad_steps", "micro_batch", "checkpoint_activations", "probe", "probe_every")
+        "max_bad_steps", "micro_batch", "checkpoint_activations", "compile", "probe", "probe_every")
 
 
 def lock(folder: Path):

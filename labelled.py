@@ -27,6 +27,7 @@ from tqdm import tqdm
 from demo import DemoImages
 from images import Files, open_images
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, decode
+from scale import layout
 
 BATCH = 64                               # pictures at once
 
@@ -139,14 +140,16 @@ def in_batches(network: nn.Module, pictures: Sequence[tuple[Tensor, bool]], devi
                workers: int = 0, mean=IMAGENET_MEAN, std=IMAGENET_STD, desc: str = "features"):
     """Outputs of a network in eval mode, a list of tensors on the CPU, and which pictures could be
     read, a batch at a time. mean, std: those of the pretraining."""
-    network = network.to(device).eval()
+    how = layout(torch.device(device))
+    network = network.to(device, memory_format=how).eval()
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
     loader = DataLoader(pictures, BATCH, num_workers=workers)
     for images, ok in tqdm(loader, desc=desc, disable=not sys.stderr.isatty()):
         count = len(images)
         full = images.new_zeros(BATCH, *images.shape[1:])
         full[:count] = images
-        out = network((full.to(device).float() / 255 - mean) / std)
+        full = full.to(device).to(torch.float32, memory_format=how)
+        out = network(full.div_(255).sub_(mean).div_(std))
         yield [x[:count].float().cpu() for x in (out if isinstance(out, list) else [out])], ok
 
 

@@ -15,10 +15,16 @@ Where |p| or |g| is zero, g is used as it is, without weight decay: a bias that 
 moves, and a tensor whose gradient is zero only coasts. A tensor without gradient (None) is skipped.
 
 Differs from the reference (apex): an optimizer, not a wrapper around one; norms and momentum are
-taken over all tensors at once (foreach), and no norm ever visits the host.
+taken over all tensors at once (foreach), and no norm ever visits the host. On a CPU the update goes
+block by block: p, g and v come into the cache once and p and v leave it once, so with the norms a
+step passes over memory seven times, where tensor by tensor it would be thirteen.
 """
+from typing import Iterable, Iterator
+
 import torch
 from torch import Tensor
+
+BLOCK = 2 ** 19              # numbers that are updated together on a CPU: p, g and v in 6 MiB
 
 
 class LARC(torch.optim.Optimizer):
@@ -64,8 +70,27 @@ class LARC(torch.optim.Optimizer):
         g_scale = torch.where(adapted, rate, 1.0)
         p_scale = torch.where(adapted, rate * decay, 0.0)
 
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_addcmul_(momenta, grads, g_scale.unbind())
-        if decay:
-            torch._foreach_addcmul_(momenta, params, p_scale.unbind())
-        torch._foreach_add_(params, momenta, alpha=-group["lr"])
+        tensors = zip(params, grads, momenta, g_scale.unbind(), p_scale.unbind())
+        for params, grads, momenta, g_scale, p_scale in (
+                blocks(tensors) if params[0].is_cpu else [zip(*tensors)]):
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_addcmul_(momenta, grads, g_scale)
+            if decay:
+                torch._foreach_addcmul_(momenta, params, p_scale)
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+
+
+def blocks(tensors: Iterable[tuple[Tensor, ...]]) -> Iterator[Iterable[tuple[Tensor, ...]]]:
+    """(p, g, v, scales...) of each tensor -> the same of pieces of them, some at a time: at least
+    BLOCK numbers, at most twice as many and a row."""
+    some, count = [], 0
+    for p, g, v, *scales in tensors:
+        rows = max(1, BLOCK * len(p) // p.numel()) if p.numel() > BLOCK else None
+        for piece in zip(*(x.split(rows) for x in (p, g, v))) if rows else [(p, g, v)]:
+            some.append((*piece, *scales))
+            count += piece[0].numel()
+            if count >= BLOCK:
+                yield zip(*some)
+                some, count = [], 0
+    if some:
+        yield zip(*some)

@@ -79,6 +79,8 @@ class Config:
                               "for (--plan)", 0)
     checkpoint_activations: bool | None = option(None, "keep only the inputs of blocks and compute "
                                                  "them again; None: where memory asks for it")
+    compile: bool = option(False, "compile the trunk, one graph per crop size: a minute or more before "
+                           "the first step (README: where it pays)")
     sync_bn_group: int = option(0, "ranks that share BatchNorm's statistics (SEER: 64); 0: none", 0)
     precision: str = option("auto", "auto: bf16 where the device is made for it, else fp32",
                             choices=("auto", "bf16", "fp16", "fp32"))

@@ -51,6 +51,7 @@ def start(config: Config, images, world: int, device, dtype, done: int) -> None:
           f"{config.steps * config.batch_size / len(images):.1f} epochs\n"
           f"{device}, {str(dtype).removeprefix('torch.')}"
           + "; blocks are computed again in the backward pass" * bool(config.checkpoint_activations)
+          + "; compiled: the first step takes its time" * config.compile
           + norms + f"; run folder {config.out}"
           + (f"; resumed after step {done}" if done else ""), flush=True)
 

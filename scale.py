@@ -89,13 +89,14 @@ def build_model(arch: str, head: Sequence[int], prototypes: int, head_bn: bool =
 
 
 def wrap(model: SwAV, device: torch.device, sync_bn_group: int = 0,
-         checkpoint_activations: bool = False) -> nn.Module:
+         checkpoint_activations: bool = False, compiled: bool = False) -> nn.Module:
     """Everything that is done to the built model from outside, in this order:
 
     1. SyncBatchNorm over groups of ranks: replaces BatchNorm modules, so it comes first;
     2. activation checkpointing: replaces the stages, whatever is in them by then;
     3. memory layout: of all weights;
-    4. DDP: last, for it takes the parameters as it finds them.
+    4. compiling: of the trunk as it is by then, so that checkpointing is inside the graph;
+    5. DDP: last, for it takes the parameters as it finds them.
 
     No name of a parameter changes. `model` is changed in place and goes on being the model: its
     state dict, and the passes without gradient. What is returned is for passes with gradient.
@@ -107,6 +108,8 @@ def wrap(model: SwAV, device: torch.device, sync_bn_group: int = 0,
     if checkpoint_activations:
         checkpoint_blocks(model.trunk)
     model.to(memory_format=layout(device))
+    if compiled:
+        compile_trunk(model.trunk, device)
     if ranks == 1:
         return model
     # Running statistics are rank 0's, which is the one that saves: nothing is broadcast for them.
@@ -156,6 +159,25 @@ def checkpoint_blocks(trunk: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         recomputed = Recomputed(OrderedDict(stage.named_children()))
         setattr(trunk.get_submodule(parent), child, recomputed)
+
+
+def compile_trunk(trunk: nn.Module, device: torch.device, backend="inductor") -> None:
+    """Compile a trunk's training pass: one graph per crop size, made in the first step. (The pass
+    for the codes of several micro-batches, which has no gradient, makes another of the first size.)
+    In eval mode, where sizes may be any, it stays as it is.
+
+    Raises ValueError where the device's compiler is missing.
+    """
+    try:
+        torch.compile(torch.neg, backend=backend)(torch.zeros(1, device=device))
+    except Exception as error:                  # of many kinds
+        reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
+        raise ValueError(f"--compile needs a C++ compiler, on a GPU Triton too: {reason}") from None
+    # DDP would cut the graph at its buckets, which it cannot do in a checkpointed block; gradients
+    # are complete only after the last crop size anyway
+    torch._dynamo.config.optimize_ddp = False
+    eager, fast = trunk.forward, torch.compile(trunk.forward, backend=backend, dynamic=False)
+    trunk.forward = lambda images: (fast if trunk.training else eager)(images)
 
 
 def stages_of(trunk: nn.Module) -> list[tuple[str, nn.Sequential]]:

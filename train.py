@@ -133,7 +133,7 @@ def setup(config: Config, images, given=None) -> SimpleNamespace:
     model = fresh_model(config, device)
     if config.init and not state:
         start_from(config.init, model, rank)
-    wrapped = wrap(model, device, config.sync_bn_group, config.checkpoint_activations)
+    wrapped = wrap(model, device, config.sync_bn_group, config.checkpoint_activations, config.compile)
     optimizer = LARC(model.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -38,6 +38,34 @@ def test_trunks_are_measured(tmp_path, capsys):
     assert result["layout"] == "channels-last" and "regnety_800mf, 2 pictures of 64" in capsys.readouterr().out
 
 
+def test_the_optimizer_and_sinkhorn_are_measured(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "bench.json"
+    bench.main(["optimizer", "--arch=regnety_200mf", "--repeats=1", "--device=cpu", f"--out={out}"])
+    monkeypatch.setattr(bench, "PROBLEMS", ((64, 300, 3), (32, 100, 10)))
+    bench.main(["sinkhorn", "--repeats=1", f"--out={out}"])
+    optimizer, sinkhorn = json.loads(out.read_text())
+    assert optimizer["parameters"] > 2e6 and optimizer["ratio"] == optimizer["ordinary"] / optimizer["ours"]
+    assert optimizer["of floor"] * optimizer["floor"] == pytest.approx(optimizer["ours"])
+    assert (sinkhorn["collectives"], sinkhorn["one call per crop"]) == (10, 20)
+    assert [(row["B"], row["K"]) for row in sinkhorn["rows"]] == [(64, 300), (32, 100)]
+    assert "collectives a step of 2 assigned crops" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_growth_features_and_compile_are_measured(tmp_path, capsys):
+    """Minutes: the sizes are the published ones."""
+    out = tmp_path / "bench.json"
+    bench.main(["growth", "--repeats=1", f"--out={out}"])
+    bench.main(["features", "--arch=regnety_100mf", "--repeats=1", f"--out={out}"])
+    bench.main(["compile", "--arch=regnety_100mf", "--crops=2x48+2x36", "--micro-batch=4", "--repeats=1",
+                f"--out={out}"])
+    growth, features, compiled = json.loads(out.read_text())
+    exponents = [table["exponent"] for table in growth["tables"].values()]
+    assert len(exponents) == 5 and exponents[0] > 0.5 > exponents[-1]       # the batch; the set
+    assert features["pictures"] == 384 and compiled["graphs"] == 2
+    assert (compiled["graphs made later"], compiled["graph breaks"]) == (0, 0)
+
+
 def test_the_ordinary_way_is_the_same_network():
     for arch in ("regnety_400mf", "regnetx_200mf", "resnet50"):
         ours, theirs = scale.build_trunk(arch), bench.ordinary_trunk(arch)

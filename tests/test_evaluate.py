@@ -148,6 +148,16 @@ def test_the_network_always_sees_as_many_pictures(tmp_path):
         assert torch.equal(ok, alone[1]) and all(map(torch.equal, outputs, alone[0]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_features_on_a_gpu(shades):
+    centred = Centred(open_images(shades), 48)
+    trunk, *_ = evaluate.load_trunk("random", "regnety_200mf")
+    (expected,), _ = extract(trunk, centred)
+    (features,), ok = extract(trunk, centred, device="cuda", workers=2)
+    assert ok.all()
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_pictures_are_normalised_as_in_the_run():
     config = dataclasses.asdict(configure({"mean": "0.1,0.2,0.3", "std": "0.5,0.6,0.7"}))
     picture = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)

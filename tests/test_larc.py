@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import larc
 from larc import LARC
+from ordinary import plain_larc
 
 CASES = torch.load(Path(__file__).parent / "data" / "larc.pt", weights_only=True)["cases"]
 
@@ -59,6 +61,61 @@ def test_float64_parameters():
     optimizer.step()
     for p, value in zip(params, case["expected"][0]):
         torch.testing.assert_close(p.detach(), value, rtol=0, atol=1e-12)
+
+
+def some_tensors(device="cpu"):
+    """Vectors, matrices, kernels channels-last, a number, one that is zero and one whose gradient is."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator) for shape in ((7,), (40, 33), (24, 8, 3, 3), (), (5,), (6,))]
+    params[2] = params[2].to(memory_format=torch.channels_last)
+    params[4].zero_()
+    params = [torch.nn.Parameter(p.to(device)) for p in params]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(device)       # the kernels' is contiguous
+    params[5].grad.zero_()
+    return params
+
+
+def take_steps(params, optimizer):
+    for step in range(3):
+        for p in params:
+            p.grad.mul_(1 + step)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("block", [1, 20, 300, 10 ** 9])
+def test_blocks_change_no_bit(block, monkeypatch):
+    """Of every tensor each number is updated, once, by its own tensor's rate."""
+    params = some_tensors()
+    whole = take_steps(params, LARC(params, lr=100.0, weight_decay=1e-2))
+    monkeypatch.setattr(larc, "BLOCK", block)
+    again = some_tensors()
+    assert all(map(torch.equal, whole, take_steps(again, LARC(again, lr=100.0, weight_decay=1e-2))))
+    assert (len(list(larc.blocks((p, p, p) for p in again))) > 1) == (block < 10 ** 9)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device"))])
+def test_the_plain_loop(device):
+    """Also on a GPU, where ours asks the device for nothing."""
+    params, others = some_tensors(device), some_tensors(device)
+    optimizer = LARC(params, lr=100.0, weight_decay=1e-2)
+    plain = torch.optim.SGD(others, lr=100.0, momentum=0.9)
+    for step in range(3):
+        for p, q in zip(params, others):
+            q.grad = p.grad.clone()                                         # the loop changes it
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        plain_larc(others, plain, 1e-2)
+        for p, q in zip(params, others):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(params[0], some_tensors(device)[0])
 
 
 def test_negative_settings_are_refused():

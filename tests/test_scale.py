@@ -11,6 +11,7 @@ from torch import nn
 
 import scale
 from multicrop import MultiCrop, Photometric, parse_crops
+from regnet import RegNet, RegNetParams
 from swav import Queue, SwAV, swav_codes, swav_loss
 from train import Distort
 
@@ -183,12 +184,12 @@ def test_two_ranks_have_the_gradient_of_the_joined_batch(tmp_path, pieces, recom
 def two_steps(device, recompute, compiled=False, arch="regnety_100mf", rank=0, world=1, pieces=1):
     """Losses, gradients and running statistics of two steps, each over two resolutions."""
     model = tiny(arch, head_bn=True, device=device)
-    if compiled:                        # by Inductor on a GPU; on a CPU with all but its kernels
-        torch._dynamo.reset()
-        model.trunk.compile(backend="inductor" if device == "cuda" else
-                            "aot_eager_decomp_partition")
     wrapped = scale.wrap(model, torch.device(device, 0) if device == "cuda" else CPU,
                          sync_bn_group=world, checkpoint_activations=recompute)
+    if compiled:                        # by Inductor on a GPU; on a CPU with all but its kernels
+        torch._dynamo.reset()
+        scale.compile_trunk(model.trunk, model.prototypes.weight.device,
+                            "inductor" if device == "cuda" else "aot_eager_decomp_partition")
     batches = [[size.to(device) for size in pictures(4, seed)] for seed in range(2)]
     losses = [backward(model, wrapped, cut(batch, pieces, rank, world))[0].item()
               for batch in batches]
@@ -205,6 +206,50 @@ def test_checkpointing_changes_no_bit(arch, compiled):
     for expected, mine in zip(plain[1:], again[1:]):
         for name, value in expected.items():
             assert torch.equal(value, mine[name]), name
+
+
+@pytest.mark.parametrize("recompute, pieces, ranks, device", [
+    (True, 1, 1, "cpu"), (False, 2, 1, "cpu"), pytest.param(True, 2, 2, "cpu", marks=pytest.mark.long),
+    pytest.param(False, 1, 1, "cuda", marks=cuda), pytest.param(True, 2, 1, "cuda", marks=cuda)])
+def test_one_graph_per_crop_size(recompute, pieces, ranks, device, tmp_path):
+    """And, of several micro-batches, one for the pass without gradient; none is made after the first step."""
+    graphs, breaks, losses = compiled_steps(0, recompute, pieces, device) if ranks == 1 else run_ranks(
+        compiled_steps, tmp_path, recompute, pieces, device)[0]
+    assert graphs == [len(SPECS) + (pieces > 1)] * 3 and not breaks
+    if ranks == 1:
+        eager = compiled_steps(0, recompute, pieces, device, compiled=False)[2]
+        assert losses == pytest.approx(eager, rel=1e-4)
+
+
+def compiled_steps(rank, recompute, pieces, device, compiled=True):
+    """Of three steps: graphs so far, graph breaks, losses."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    torch.manual_seed(0)
+    model = SwAV(RegNet(RegNetParams(5, 16, 16.0, 2.0, 8, se_ratio=0.25)), (24, 16), 12).to(device)
+    device, graphs, losses = model.prototypes.weight.device, [], []
+    wrapped = scale.wrap(model, device, checkpoint_activations=recompute)
+    if compiled:                        # by Inductor on a GPU; on a CPU with all but its kernels
+        scale.compile_trunk(model.trunk, device, "inductor" if device.type == "cuda" else
+                            "aot_eager_decomp_partition")
+        counters.clear()                # the trial's
+    for seed in range(3):
+        joined = [size.to(device) for size in pictures(4 * world, seed)]
+        loss, _, _ = backward(model, wrapped, cut(joined, pieces, rank, world))
+        losses.append(loss.item())
+        graphs.append(counters["stats"]["unique_graphs"])
+        model.trunk.eval()(torch.randn(1, 3, 40, 40, device=device))           # a probe's
+        model.trunk.train()
+    return graphs, dict(counters["graph_break"]), losses
+
+
+def test_compiling_without_a_compiler_is_one_sentence():
+    def missing(*_):
+        raise RuntimeError("no g++ here\nand more")
+    with pytest.raises(ValueError, match="^--compile needs a C[+][+] compiler.*: no g[+][+] here$"):
+        scale.compile_trunk(tiny().trunk, CPU, missing)
 
 
 def test_checkpointing_keeps_only_the_inputs_of_blocks():
