@@ -52,7 +52,7 @@ from larc import LARC
 from multicrop import MultiCrop, Photometric, parse_crops, random_box
 from ordinary import (ordinary_crops, ordinary_step, ordinary_trunk, plain_larc,
                       textbook_sinkhorn)
-from plan import cost, memory, peak_memory, work
+from plan import cost, memory, peak_memory, roofline, work
 from recipes import Config, configure, hyphens, parse_head
 from scale import (ASSIGNED, build_model, build_trunk, layout, pick_device, pick_precision,
                    swav_backward, wrap)
@@ -83,18 +83,36 @@ def wait_for(device: torch.device) -> None:
         (torch.cuda if device.type == "cuda" else torch.mps).synchronize()
 
 
+def fastest(function: Callable, device: torch.device) -> float:
+    """Seconds: the best of ten calls, after two."""
+    times = []
+    for _ in range(12):
+        clock = Clock(device)
+        clock.timed("", function)()
+        times.append(clock.ms[""])
+    return min(times[2:]) / 1e3
+
+
 def bf16_peak(device: torch.device) -> float:
-    """TFLOP/s of a large product of bf16 matrices: the best of ten."""
+    """TFLOP/s of a large product of bf16 matrices."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    clock = Clock(device)
-    (a @ b, a @ b)
-    times = []
-    for _ in range(10):
-        clock.ms.clear()
-        clock.timed("product", torch.matmul)(a, b)
-        times.append(clock.ms["product"])
-    return 2 * n ** 3 / min(times) / 1e9
+    return 2 * n ** 3 / fastest(lambda: a @ b, device) / 1e12
+
+
+def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a dense 3x3 convolution, 256 -> 256 channels on maps of 28 pixels, forward."""
+    pictures = 128 if device.type == "cuda" else 8
+    maps, kernels = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout(device))
+                     for shape in ((pictures, 256, 28, 28), (256, 256, 3, 3)))
+    return 2 * maps.numel() * 256 * 9 / fastest(lambda: F.conv2d(maps, kernels, padding=1), device)
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy of 256 MiB."""
+    source = torch.ones(2 ** 26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / fastest(lambda: target.copy_(source), device)
 
 
 def our_step(config: Config, device: torch.device, dtype: torch.dtype,
@@ -166,6 +184,7 @@ def bench_step(config: Config, device: torch.device, dtype: torch.dtype, recompu
     of = cost(config, dtype)
     planned = sum(memory(of, config, config.micro_batch, recompute, 1, dtype).values())
     peak, rows = bf16_peak(device), {}
+    floor = roofline(config, dtype, convolution_rate(device, dtype), bandwidth(device))
     for name, measured in clocks.items():
         for part in measured[0]:
             ms = statistics.median(each[part] for each in measured)
@@ -176,6 +195,8 @@ def bench_step(config: Config, device: torch.device, dtype: torch.dtype, recompu
         rate = config.micro_batch / whole * 1e3
         rows.setdefault("images/s", {})[name] = rate
         rows.setdefault("share of bf16 peak", {})[name] = rate * work(of) / peak
+        both = rows["forward, ms"][name] + rows["backward, ms"][name]
+        rows.setdefault("share of roofline", {})[name] = floor * 1e3 / both
     result = {"arch": config.arch, "crops": config.crops, "micro_batch": config.micro_batch,
               "precision": str(dtype).removeprefix("torch."), "checkpoint_activations": recompute,
               "repeats": repeats, "bf16_tflops": peak, "peak_gb": taken / 1e9,
@@ -339,11 +360,9 @@ def bench_optimizer(config: Config, device: torch.device, repeats: int) -> dict:
     ours = LARC(params, 1e-3, config.momentum, config.weight_decay)
     theirs = torch.optim.SGD(params, 1e-3, config.momentum)
     size = sum(p.numel() * p.element_size() for p in params)
-    source = torch.ones(max(size // 4, 2 ** 26), device=device)
-    target = torch.empty_like(source)
     ms = in_turn({"ordinary": partial(plain_larc, params, theirs, config.weight_decay),
-                  "ours": ours.step, "copy": partial(target.copy_, source)}, repeats, device)
-    floor = 7 * size * ms.pop("copy") / (2 * 4 * len(source))
+                  "ours": ours.step}, repeats, device)
+    floor = 7 * size / bandwidth(device) * 1e3
     result = {"arch": config.arch, "parameters": size // 4, "repeats": repeats, **ms,
               "floor": floor,
               "ratio": ms["ordinary"] / ms["ours"], "of floor": ms["ours"] / floor}

@@ -113,6 +113,47 @@ def kept_for_backward(trunk: nn.Module, size: int, dtype: torch.dtype) -> tuple[
             max(inside.values()) // crops)
 
 
+def roofline(config: Config, dtype: torch.dtype, flops_a_second: float,
+             bytes_a_second: float) -> float:
+    """Seconds, at the least, of forward and backward of a micro-batch: the sum over layers of the
+    larger of what its arithmetic and what its memory takes, were each as fast as measured alone.
+
+    A convolution or linear layer computes three products (output, gradients of input and of
+    weights), each with its two operands read and its result written. BatchNorm, with its ReLU,
+    goes over its map eight times: it reads for the statistics, reads and writes; and backward reads
+    map and gradient twice, and writes. All else (squeeze-and-excitation's mean and product,
+    residuals, the loss) is left out.
+    """
+    layers, crops = [], 2                # BatchNorm wants more than one value of a channel
+    model = build_model(config.arch, parse_head(config.head), config.prototypes, config.head_bn,
+                        device="meta")
+
+    def count(module, inputs, output):
+        n_in, n_out, w = inputs[0].numel() / crops, output.numel() / crops, 0
+        if isinstance(module, _BatchNorm):
+            layers.append((0, 8 * n_out, 0))
+        else:
+            w = module.weight.numel()
+            per_output = w // len(module.weight)             # multiply-adds
+            layers.append((3 * 2 * n_out * per_output, 3 * (n_in + n_out), 3 * w))
+
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, _BatchNorm)):
+            module.register_forward_hook(count)
+    specs, seconds = parse_crops(config.crops), 0.0
+    passes = [(model.trunk, (3, spec.size, spec.size), spec.count) for spec in specs]
+    passes.append((nn.Sequential(model.head, model.prototypes), (model.trunk.num_features,),
+                   sum(spec.count for spec in specs)))
+    for network, shape, views in passes:
+        layers.clear()
+        network(torch.empty(crops, *shape, device="meta"))
+        rows = views * config.micro_batch
+        seconds += sum(max(rows * flops / flops_a_second,
+                           (rows * maps + weights) * dtype.itemsize / bytes_a_second)
+                       for flops, maps, weights in layers)
+    return seconds
+
+
 def memory(cost: Cost, config: Config, micro_batch: int, recompute: bool, ranks: int,
            dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """Bytes at the peak of a step, by part."""
