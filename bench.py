@@ -50,12 +50,12 @@ from images import Positions, Stream, collate, mix, permute
 from labelled import BATCH, Centred, in_batches
 from larc import LARC
 from multicrop import MultiCrop, Photometric, parse_crops, random_box
-from ordinary import (ordinary_crops, ordinary_step, ordinary_trunk, plain_larc,
-                      textbook_sinkhorn)
+from ordinary import (ordinary_crops, ordinary_precision, ordinary_step, ordinary_trunk,
+                      plain_larc, textbook_sinkhorn)
 from plan import cost, memory, peak_memory, roofline, work
 from recipes import Config, configure, hyphens, parse_head
-from scale import (ASSIGNED, build_model, build_trunk, layout, pick_device, pick_precision,
-                   swav_backward, wrap)
+from scale import (ASSIGNED, build_model, build_trunk, check_compiler, layout, pick_device,
+                   pick_precision, swav_backward, wrap)
 from sinkhorn import sinkhorn
 from swav import swav_codes
 
@@ -174,29 +174,23 @@ def bench_step(config: Config, device: torch.device, dtype: torch.dtype, recompu
     except torch.OutOfMemoryError:
         steps.pop("ordinary", None)
         print("the ordinary way has no room on this device")
-    clocks = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            clock = Clock(device)
-            step(clock)
-            clocks[name].append(clock.ms)
-
+    clocks = steps_in_turn(steps, repeats, device)
     of = cost(config, dtype)
     planned = sum(memory(of, config, config.micro_batch, recompute, 1, dtype).values())
     peak, rows = bf16_peak(device), {}
-    floor = roofline(config, dtype, convolution_rate(device, dtype), bandwidth(device))
+    floors = {name: roofline(config, its, convolution_rate(device, its), bandwidth(device))
+              for name, its in (("ours", dtype), ("ordinary", ordinary_precision(device)))}
     for name, measured in clocks.items():
         for part in measured[0]:
             ms = statistics.median(each[part] for each in measured)
             rows.setdefault(f"{part}, ms", {})[name] = ms
-        whole = statistics.median(sum(each.values()) - each.get("distortion", 0)
-                                  for each in measured)
+        whole = statistics.median(map(without_distortion, measured))
         rows.setdefault("step, ms", {})[name] = whole
         rate = config.micro_batch / whole * 1e3
         rows.setdefault("images/s", {})[name] = rate
         rows.setdefault("share of bf16 peak", {})[name] = rate * work(of) / peak
         both = rows["forward, ms"][name] + rows["backward, ms"][name]
-        rows.setdefault("share of roofline", {})[name] = floor * 1e3 / both
+        rows.setdefault("share of roofline", {})[name] = floors[name] * 1e3 / both
     result = {"arch": config.arch, "crops": config.crops, "micro_batch": config.micro_batch,
               "precision": str(dtype).removeprefix("torch."), "checkpoint_activations": recompute,
               "repeats": repeats, "bf16_tflops": peak, "peak_gb": taken / 1e9,
@@ -216,18 +210,39 @@ def bench_step(config: Config, device: torch.device, dtype: torch.dtype, recompu
     return result
 
 
+def steps_in_turn(steps: dict[str, Callable], repeats: int,
+                  device: torch.device) -> dict[str, list[dict[str, float]]]:
+    """Milliseconds by part of each step's second call, the steps taken in turn."""
+    clocks = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            step(Clock(device))
+            clock = Clock(device)
+            step(clock)
+            clocks[name].append(clock.ms)
+    return clocks
+
+
+def without_distortion(ms: dict[str, float]) -> float:
+    return sum(ms.values()) - ms.get("distortion", 0.0)
+
+
 def bench_compile(config: Config, device: torch.device, dtype: torch.dtype, recompute: bool,
                   repeats: int) -> dict:
-    """The step as it is and with the trunk compiled; the first step's time; graphs and breaks."""
+    """The step as it is and with the trunk compiled, without distortion; what the first step takes
+    where nothing was compiled before; graphs, and their breaks."""
     counters, clock, steps = torch._dynamo.utils.counters, Clock(device), {}
-    for name in ("eager", "compiled"):
-        torch.manual_seed(0)
-        steps[name] = our_step(config, device, dtype, recompute, name == "compiled")
-        counters.clear()
-        clock.timed(name, steps[name])(Clock(device))
-    graphs = counters["stats"]["unique_graphs"]
-    ms = in_turn({name: partial(step, Clock(device)) for name, step in steps.items()}, repeats,
-                 device)
+    check_compiler(device)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for name in ("eager", "compiled"):
+            torch.manual_seed(0)
+            steps[name] = our_step(config, device, dtype, recompute, name == "compiled")
+            counters.clear()
+            clock.timed(name, steps[name])(Clock(device))
+        graphs = counters["stats"]["unique_graphs"]
+        ms = {name: statistics.median(map(without_distortion, measured))
+              for name, measured in steps_in_turn(steps, repeats, device).items()}
     result = {"arch": config.arch, "crops": config.crops, "micro_batch": config.micro_batch,
               "precision": str(dtype).removeprefix("torch."), "checkpoint_activations": recompute,
               "repeats": repeats, "step, ms": ms, "ratio": ms["eager"] / ms["compiled"],
@@ -360,9 +375,11 @@ def bench_optimizer(config: Config, device: torch.device, repeats: int) -> dict:
     ours = LARC(params, 1e-3, config.momentum, config.weight_decay)
     theirs = torch.optim.SGD(params, 1e-3, config.momentum)
     size = sum(p.numel() * p.element_size() for p in params)
+    source = torch.ones(max(size // 4, 2 ** 26), device=device)
+    target = torch.empty_like(source)
     ms = in_turn({"ordinary": partial(plain_larc, params, theirs, config.weight_decay),
-                  "ours": ours.step}, repeats, device)
-    floor = 7 * size / bandwidth(device) * 1e3
+                  "ours": ours.step, "copy": partial(target.copy_, source)}, repeats, device)
+    floor = 7 * size * ms.pop("copy") / (2 * source.nbytes)
     result = {"arch": config.arch, "parameters": size // 4, "repeats": repeats, **ms,
               "floor": floor,
               "ratio": ms["ordinary"] / ms["ours"], "of floor": ms["ours"] / floor}
@@ -376,7 +393,8 @@ def bench_optimizer(config: Config, device: torch.device, repeats: int) -> dict:
 
 # -------------------------------------------------------------------------------------- growth
 def bench_growth(dtype: torch.dtype, repeats: int) -> dict:
-    """On a CPU, a RegNetY-100MF on small crops: what a step costs as one thing grows. The exponent
+    """On a CPU, a RegNetY-100MF on small crops: what a step costs, without distortion, as one thing
+    grows. The exponent
     is that of the growth from the first row to the last: 0 is flat, 1 is linear. Where only a part
     of the step grows, what one more costs says more: it is what each adds to the first row's."""
     def config(batch=16, **changes):
@@ -386,8 +404,9 @@ def bench_growth(dtype: torch.dtype, repeats: int) -> dict:
 
     def steps(configs: dict) -> dict:
         cpu, first = torch.device("cpu"), min(configs)
-        clocks = {x: partial(our_step(c, cpu, dtype), Clock(cpu)) for x, c in configs.items()}
-        ms = in_turn(clocks, repeats)
+        ours = {x: our_step(c, cpu, dtype) for x, c in configs.items()}
+        taken = steps_in_turn(ours, repeats, cpu)
+        ms = {x: statistics.median(map(without_distortion, each)) for x, each in taken.items()}
         return {x: {"step, ms": ms[x], "one more, ms": (ms[x] - ms[first]) / max(1, x - first)}
                 for x in ms}
 
@@ -435,7 +454,8 @@ def one_rank(rank: int, world: int, folder: str, config: Config, dtype: torch.dt
     try:
         config = replace(config, batch_size=config.micro_batch)         # a rank's own
         step, cpu = our_step(config, torch.device("cpu"), dtype), torch.device("cpu")
-        ms = in_turn({"": partial(step, Clock(cpu))}, repeats)[""]
+        taken = steps_in_turn({"": step}, repeats, cpu)[""]
+        ms = statistics.median(map(without_distortion, taken))
         if rank == 0:
             Path(folder, "ms").write_text(str(ms))
     finally:
@@ -592,12 +612,12 @@ def read_results(path: Path) -> list:
     return results
 
 
-def write_results(path: Path, results: list, what: str, result: dict) -> None:
-    """All results, with one more and what it was measured on."""
+def write_results(path: Path, what: str, result: dict) -> None:
+    """One more result, with what it was measured on."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    results = [*results, {
+    results = [*read_results(path), {
         "what": what, "date": datetime.date.today().isoformat(), **result,
         "machine": names[0] if names else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -628,7 +648,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.micro_batch < 1 or args.repeats < 0:
             raise ValueError("--micro-batch must be at least 1, and --repeats not below 0")
         out = Path(args.out)
-        results = read_results(out)
+        read_results(out)               # or minutes of measuring would be lost
         device, repeats = pick_device(args.device), args.repeats or 5
         dtype = pick_precision(args.precision, device)
 
@@ -650,7 +670,7 @@ def main(argv: list[str] | None = None) -> None:
             "features": lambda: bench_features(args.arch, device, repeats),
             "input": lambda: bench_input(args.crops, repeats),
             "order": lambda: bench_order(repeats)}[args.what]()
-        write_results(out, results, args.what, result)
+        write_results(out, args.what, result)
     except torch.OutOfMemoryError:
         fail("the device has no room for this step: try a smaller --micro-batch or "
              "--checkpoint-activations")

@@ -53,20 +53,10 @@ def ordinary_step(config: Config, crops: list[Tensor]) -> Callable:
         return prototypes(F.normalize(head(features), dim=1))
 
     def codes(scores):
-        with torch.no_grad():
-            return [textbook_sinkhorn(scores[a].float(), config.epsilon,
-                                      config.sinkhorn_iterations)
-                    for a in range(ASSIGNED)]
+        return textbook_codes(scores, config.epsilon, config.sinkhorn_iterations)
 
     def backward(scores, codes):
-        loss = 0.0
-        for a, code in enumerate(codes):
-            subloss = 0.0
-            for v in set(range(views)) - {a}:
-                log_p = F.log_softmax(scores[v].float() / config.temperature, dim=1)
-                subloss -= (code * log_p).sum(1).mean()
-            loss += subloss / (views - 1)
-        (loss / len(codes)).backward()
+        double_loop(scores, codes, config.temperature).backward()
 
     @torch.no_grad()
     def update():
@@ -75,13 +65,36 @@ def ordinary_step(config: Config, crops: list[Tensor]) -> Callable:
 
     def step(clock) -> None:
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+        dtype = ordinary_precision(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = clock.timed("forward", forward)().unflatten(0, (views, -1))      # (V, B, K)
             assigned = clock.timed("Sinkhorn", codes)(scores)
             clock.timed("backward", backward)(scores, assigned)
         clock.timed("optimizer", update)()
 
     return step
+
+
+def ordinary_precision(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+@torch.no_grad()
+def textbook_codes(scores: Tensor, epsilon: float, iterations: int) -> list[Tensor]:
+    """(V, B, K) -> codes (B, K) of the assigned crops, one after the other."""
+    return [textbook_sinkhorn(scores[a].float(), epsilon, iterations) for a in range(ASSIGNED)]
+
+
+def double_loop(scores: Tensor, codes: list[Tensor], temperature: float) -> Tensor:
+    """The loss: for each assigned crop, for each other crop."""
+    loss = 0.0
+    for a, code in enumerate(codes):
+        subloss = 0.0
+        for v in set(range(len(scores))) - {a}:
+            log_p = F.log_softmax(scores[v].float() / temperature, dim=1)
+            subloss -= (code * log_p).sum(1).mean()
+        loss += subloss / (len(scores) - 1)
+    return loss / len(codes)
 
 
 @torch.no_grad()

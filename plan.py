@@ -119,10 +119,10 @@ def roofline(config: Config, dtype: torch.dtype, flops_a_second: float,
     larger of what its arithmetic and what its memory takes, were each as fast as measured alone.
 
     A convolution or linear layer computes three products (output, gradients of input and of
-    weights), each with its two operands read and its result written. BatchNorm, with its ReLU,
-    goes over its map eight times: it reads for the statistics, reads and writes; and backward reads
-    map and gradient twice, and writes. All else (squeeze-and-excitation's mean and product,
-    residuals, the loss) is left out.
+    weights; the first layer no gradient of the pictures), each with its two operands read and its
+    result written. BatchNorm, with a ReLU behind it or not, goes over its map eight times: it reads
+    for the statistics, reads and writes; and backward reads map and gradient twice, and writes. All
+    else (squeeze-and-excitation's mean and product, residuals, the loss) is left out.
     """
     layers, crops = [], 2                # BatchNorm wants more than one value of a channel
     model = build_model(config.arch, parse_head(config.head), config.prototypes, config.head_bn,
@@ -135,7 +135,9 @@ def roofline(config: Config, dtype: torch.dtype, flops_a_second: float,
         else:
             w = module.weight.numel()
             per_output = w // len(module.weight)             # multiply-adds
-            layers.append((3 * 2 * n_out * per_output, 3 * (n_in + n_out), 3 * w))
+            products = 2 if inputs[0].shape[1] == 3 else 3           # of pictures, or of maps
+            layers.append((products * 2 * n_out * per_output, products * (n_in + n_out),
+                           products * w))
 
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, _BatchNorm)):

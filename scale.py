@@ -109,7 +109,7 @@ def wrap(model: SwAV, device: torch.device, sync_bn_group: int = 0,
         checkpoint_blocks(model.trunk)
     model.to(memory_format=layout(device))
     if compiled:
-        compile_trunk(model.trunk, device)
+        compile_trunk(model.trunk)
     if ranks == 1:
         return model
     # Running statistics are rank 0's, which is the one that saves: nothing is broadcast for them.
@@ -161,21 +161,24 @@ def checkpoint_blocks(trunk: nn.Module) -> None:
         setattr(trunk.get_submodule(parent), child, recomputed)
 
 
-def compile_trunk(trunk: nn.Module, device: torch.device, backend="inductor") -> None:
-    """Compile a trunk's training pass: one graph per crop size, made in the first step. (The pass
-    for the codes of several micro-batches, which has no gradient, makes another of the first size.)
-    In eval mode, where sizes may be any, it stays as it is.
-
-    Raises ValueError where the device's compiler is missing.
-    """
+def check_compiler(device: torch.device, backend="inductor") -> None:
+    """Raises ValueError where nothing can be compiled for this device."""
     try:
         torch.compile(torch.neg, backend=backend)(torch.zeros(1, device=device))
     except Exception as error:                  # of many kinds
         reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
-        raise ValueError(f"--compile needs a C++ compiler, on a GPU Triton too: {reason}") from None
+        raise ValueError("--compile needs a C++ compiler, on a GPU Triton too, and does not work "
+                         f"here: {reason}") from None
+
+
+def compile_trunk(trunk: nn.Module, backend="inductor") -> None:
+    """Compile a trunk's training pass: one graph per crop size, made in the first step. (The pass
+    for the codes of several micro-batches, which has no gradient, makes another of the first size.)
+    In eval mode, where sizes may be any, it stays as it is."""
     # DDP would cut the graph at its buckets, which it cannot do in a checkpointed block; gradients
     # are complete only after the last crop size anyway
     torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = 64           # crop sizes; beyond the limit it gives up
     eager, fast = trunk.forward, torch.compile(trunk.forward, backend=backend, dynamic=False)
     trunk.forward = lambda images: (fast if trunk.training else eager)(images)
 

@@ -50,7 +50,8 @@ from multicrop import MultiCrop, Photometric, parse_crops
 from probe import Probe
 from recipes import (MACHINE, Config, check_ranks, configure, explain, flag, parse_arguments,
                      parse_channels, parse_head, with_length)
-from scale import build_model, layout, pick_device, pick_precision, swav_backward, wrap
+from scale import (build_model, check_compiler, layout, pick_device, pick_precision, swav_backward,
+                   wrap)
 from swav import Queue, SwAV, collapse_statistics, swav_codes
 
 SHEET = 2048                # pictures from which the sheet of prototypes is drawn
@@ -133,6 +134,13 @@ def setup(config: Config, images, given=None) -> SimpleNamespace:
     model = fresh_model(config, device)
     if config.init and not state:
         start_from(config.init, model, rank)
+    if config.compile:
+        try:
+            check_compiler(device)
+        except ValueError as error:
+            errors = [str(error)]
+        if errors := gather_lists(errors):
+            raise ValueError(errors[0])
     wrapped = wrap(model, device, config.sync_bn_group, config.checkpoint_activations, config.compile)
     optimizer = LARC(model.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)

@@ -3,9 +3,12 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import bench
+import ordinary
 import scale
+from swav import swav_codes, swav_loss
 
 
 @pytest.mark.parametrize("arch, options", [
@@ -64,6 +67,18 @@ def test_growth_features_and_compile_are_measured(tmp_path, capsys):
     assert len(exponents) == 5 and exponents[0] > 0.5 > exponents[-1]       # the batch; the set
     assert features["pictures"] == 384 and compiled["graphs"] == 2
     assert (compiled["graphs made later"], compiled["graph breaks"]) == (0, 0)
+    assert compiled["ratio"] == compiled["step, ms"]["eager"] / compiled["step, ms"]["compiled"]
+
+
+def test_the_ordinary_way_is_the_same_method():
+    """Its codes and loss are those of swav.py; so are its steps those of larc.py (test_larc.py)."""
+    scores = F.normalize(torch.randn(5 * 6, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    theirs = ordinary.textbook_codes(scores.unflatten(0, (5, 6)), 0.05, 3)
+    ours = swav_codes(scores, num_crops=5)
+    torch.testing.assert_close(torch.stack(theirs), ours, rtol=1e-4, atol=1e-6)
+    for temperature in (0.1, 0.5):
+        loss = ordinary.double_loop(scores.unflatten(0, (5, 6)), theirs, temperature)
+        torch.testing.assert_close(loss, swav_loss(scores, ours, num_crops=5, temperature=temperature))
 
 
 def test_the_ordinary_way_is_the_same_network():

@@ -6,8 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 CURVES = json.loads((Path(__file__).parent / "data" / "demo_curves.json").read_text())
 HEALTHY = [seed["curve"] for seed in CURVES["healthy"].values()]

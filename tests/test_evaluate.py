@@ -148,7 +148,7 @@ def test_the_network_always_sees_as_many_pictures(tmp_path):
         assert torch.equal(ok, alone[1]) and all(map(torch.equal, outputs, alone[0]))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_features_on_a_gpu(shades):
     centred = Centred(open_images(shades), 48)
     trunk, *_ = evaluate.load_trunk("random", "regnety_200mf")

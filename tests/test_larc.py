@@ -95,8 +95,7 @@ def test_blocks_change_no_bit(block, monkeypatch):
     assert (len(list(larc.blocks((p, p, p) for p in again))) > 1) == (block < 10 ** 9)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device"))])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_the_plain_loop(device):
     """Also on a GPU, where ours asks the device for nothing."""
     params, others = some_tensors(device), some_tensors(device)

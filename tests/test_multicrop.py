@@ -2,7 +2,6 @@
 import io
 import random
 import re
-from pathlib import Path
 
 import numpy
 import pytest
@@ -258,7 +257,7 @@ def test_the_table_of_differences_to_pils_blur_is_as_measured():
         assert rows["largest difference"][i] == pytest.approx(gap.max().item(), abs=0.06)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_on_cuda_it_equals_the_cpu():
     crop, rng = MultiCrop([]), random.Random(0)
     params = torch.tensor([crop.draw(rng) for _ in range(64)])

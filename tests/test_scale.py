@@ -2,6 +2,7 @@
 in two."""
 import random
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from swav import Queue, SwAV, swav_codes, swav_loss
 from train import Distort
 
 CPU = torch.device("cpu")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 SPECS = parse_crops("2x48+3x32")
 
 
@@ -181,15 +181,19 @@ def test_two_ranks_have_the_gradient_of_the_joined_batch(tmp_path, pieces, recom
 
 
 # ------------------------------------------------------------------------------------- wrappers
+def wrap(model, inductor=False, **options):
+    """scale.wrap, compiling by Inductor on a GPU; on a CPU with all but its kernels."""
+    device = model.prototypes.weight.device
+    backend = "inductor" if inductor or device.type == "cuda" else "aot_eager_decomp_partition"
+    torch._dynamo.reset()
+    with mock.patch.object(scale, "compile_trunk", partial(scale.compile_trunk, backend=backend)):
+        return scale.wrap(model, device, **options)
+
+
 def two_steps(device, recompute, compiled=False, arch="regnety_100mf", rank=0, world=1, pieces=1):
     """Losses, gradients and running statistics of two steps, each over two resolutions."""
     model = tiny(arch, head_bn=True, device=device)
-    wrapped = scale.wrap(model, torch.device(device, 0) if device == "cuda" else CPU,
-                         sync_bn_group=world, checkpoint_activations=recompute)
-    if compiled:                        # by Inductor on a GPU; on a CPU with all but its kernels
-        torch._dynamo.reset()
-        scale.compile_trunk(model.trunk, model.prototypes.weight.device,
-                            "inductor" if device == "cuda" else "aot_eager_decomp_partition")
+    wrapped = wrap(model, sync_bn_group=world, checkpoint_activations=recompute, compiled=compiled)
     batches = [[size.to(device) for size in pictures(4, seed)] for seed in range(2)]
     losses = [backward(model, wrapped, cut(batch, pieces, rank, world))[0].item()
               for batch in batches]
@@ -210,46 +214,51 @@ def test_checkpointing_changes_no_bit(arch, compiled):
 
 @pytest.mark.parametrize("recompute, pieces, ranks, device", [
     (True, 1, 1, "cpu"), (False, 2, 1, "cpu"), pytest.param(True, 2, 2, "cpu", marks=pytest.mark.long),
-    pytest.param(False, 1, 1, "cuda", marks=cuda), pytest.param(True, 2, 1, "cuda", marks=cuda)])
+    pytest.param(False, 1, 1, "inductor", marks=pytest.mark.long),
+    pytest.param(False, 1, 1, "cuda", marks=pytest.mark.cuda),
+    pytest.param(True, 2, 1, "cuda", marks=pytest.mark.cuda)])
 def test_one_graph_per_crop_size(recompute, pieces, ranks, device, tmp_path):
-    """And, of several micro-batches, one for the pass without gradient; none is made after the first step."""
-    graphs, breaks, losses = compiled_steps(0, recompute, pieces, device) if ranks == 1 else run_ranks(
+    """And, of several micro-batches, one for the pass without gradient; none is made after the first step.
+    Losses, gradients and running statistics are those of the trunk as it is."""
+    graphs, breaks, *compiled = compiled_steps(0, recompute, pieces, device) if ranks == 1 else run_ranks(
         compiled_steps, tmp_path, recompute, pieces, device)[0]
-    assert graphs == [len(SPECS) + (pieces > 1)] * 3 and not breaks
+    assert graphs == [3 + (pieces > 1)] * 3 and not breaks
     if ranks == 1:
-        eager = compiled_steps(0, recompute, pieces, device, compiled=False)[2]
-        assert losses == pytest.approx(eager, rel=1e-4)
+        eager_graphs, _, *eager = compiled_steps(0, recompute, pieces, device, compiled=False)
+        assert eager_graphs == [0] * 3 and compiled[0] == pytest.approx(eager[0], rel=1e-4)
+        assert_close(compiled[1], eager[1], tolerance=1e-3)
+        torch.testing.assert_close(compiled[2], eager[2], rtol=1e-3, atol=1e-5)
 
 
 def compiled_steps(rank, recompute, pieces, device, compiled=True):
-    """Of three steps: graphs so far, graph breaks, losses."""
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
+    """Of three steps over three sizes: graphs so far, graph breaks, losses; gradients, running statistics."""
+    counters, sizes = torch._dynamo.utils.counters, ((2, 48), (2, 32), (1, 40))
     world = dist.get_world_size() if dist.is_initialized() else 1
     torch.manual_seed(0)
-    model = SwAV(RegNet(RegNetParams(5, 16, 16.0, 2.0, 8, se_ratio=0.25)), (24, 16), 12).to(device)
+    model = SwAV(RegNet(RegNetParams(5, 16, 16.0, 2.0, 8, se_ratio=0.25)), (24, 16), 12)
+    model.to("cpu" if device == "inductor" else device)
+    wrapped = wrap(model, device == "inductor", checkpoint_activations=recompute, compiled=compiled)
     device, graphs, losses = model.prototypes.weight.device, [], []
-    wrapped = scale.wrap(model, device, checkpoint_activations=recompute)
-    if compiled:                        # by Inductor on a GPU; on a CPU with all but its kernels
-        scale.compile_trunk(model.trunk, device, "inductor" if device.type == "cuda" else
-                            "aot_eager_decomp_partition")
-        counters.clear()                # the trial's
+    counters.clear()
     for seed in range(3):
-        joined = [size.to(device) for size in pictures(4 * world, seed)]
-        loss, _, _ = backward(model, wrapped, cut(joined, pieces, rank, world))
+        generator = torch.Generator().manual_seed(seed)
+        joined = [torch.randn(count, 4 * world, 3, size, size, generator=generator).to(device)
+                  for count, size in sizes]
+        loss, _, _ = scale.swav_backward(model, wrapped, cut(joined, pieces, rank, world),
+                                         [count for count, _ in sizes], codes_of)
         losses.append(loss.item())
         graphs.append(counters["stats"]["unique_graphs"])
-        model.trunk.eval()(torch.randn(1, 3, 40, 40, device=device))           # a probe's
+        model.trunk.eval()(torch.randn(1, 3, 56, 56, device=device))           # a probe's
         model.trunk.train()
-    return graphs, dict(counters["graph_break"]), losses
+    return (graphs, dict(counters["graph_break"]), losses, gradients(model),
+            {name: value.clone() for name, value in model.named_buffers()})
 
 
 def test_compiling_without_a_compiler_is_one_sentence():
     def missing(*_):
         raise RuntimeError("no g++ here\nand more")
     with pytest.raises(ValueError, match="^--compile needs a C[+][+] compiler.*: no g[+][+] here$"):
-        scale.compile_trunk(tiny().trunk, CPU, missing)
+        scale.check_compiler(CPU, missing)
 
 
 def test_checkpointing_keeps_only_the_inputs_of_blocks():
@@ -311,7 +320,7 @@ def test_a_network_may_be_built_without_memory():
 
 
 # ----------------------------------------------------------------------- on a CUDA machine only
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("compiled", [False, True])
 def test_checkpointing_on_a_gpu(compiled):
     plain, again = (two_steps("cuda", recompute, compiled) for recompute in (False, True))
@@ -325,7 +334,7 @@ def synchronised_steps(rank, world, pieces, recompute, compiled):
     return two_steps("cuda", recompute, compiled, rank=rank, world=world, pieces=pieces)
 
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("recompute, compiled", [(False, False), (True, False), (True, True)])
 def test_synchronised_statistics_are_the_joined_batchs(tmp_path, recompute, compiled):
     """Two ranks on one GPU, joined by gloo, BatchNorm in training: losses, gradients and running
@@ -345,7 +354,7 @@ def test_synchronised_statistics_are_the_joined_batchs(tmp_path, recompute, comp
         assert mine[2]["trunk.stem.1.num_batches_tracked"] == 2 * 2 * len(SPECS)
 
 
-@cuda
+@pytest.mark.cuda
 def test_half_precision_accumulates_on_a_gpu():
     device = torch.device("cuda")
     joined = [c.to(device) for c in pictures(8)]

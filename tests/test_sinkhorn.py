@@ -101,7 +101,7 @@ def test_never_waits_for_the_device(epsilon, monkeypatch):
     sinkhorn(torch.zeros(4, 8), epsilon, 3, hard=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("epsilon", [0.02, 0.05])
 def test_on_cuda_without_synchronisation(epsilon):
     scores = cosines("clustered").cuda()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from test_images import write_pictures
 import checkpoint
 import evaluate
 import report
+import scale
 import train
 from images import Stream, Survey, collate, open_images
 from larc import LARC
@@ -63,6 +65,29 @@ def refuse(capsys, *argv):
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "Traceback" not in error
     return error.splitlines()[-1]
+
+
+def test_compile_is_passed_on(photos, tmp_path, capsys, monkeypatch):
+    """By all but Inductor's kernels; and where nothing can be compiled the run ends before it begins."""
+    backend = {"backend": "aot_eager_decomp_partition"}
+    monkeypatch.setattr(scale, "compile_trunk", partial(scale.compile_trunk, **backend))
+    monkeypatch.setattr(train, "check_compiler", partial(train.check_compiler, **backend))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run(photos, tmp_path / "compiled", "--compile", "--steps=2")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3      # two sizes, and the check
+    assert "compiled: the first step takes its time" in capsys.readouterr().out
+    run(photos, tmp_path / "plain", "--steps=2")
+    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("compiled", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+    def missing(*_):
+        raise RuntimeError("no g++")
+    monkeypatch.setattr(train, "check_compiler", partial(scale.check_compiler, backend=missing))
+    assert "does not work here: no g++" in refuse(capsys, f"--data={photos}", f"--out={tmp_path / 'no'}", *SMALL,
+                                                  "--compile")
+    assert not (tmp_path / "no").exists()
+
 
 
 def equal(a, b):
