@@ -265,6 +265,7 @@ def bench_start(arch: str) -> dict:
             line = next((line for line in process.stdout if line.startswith("step 1/")), "")
             seconds = time.perf_counter() - start
             process.terminate()
+            process.communicate()       # or its last words would find nobody
     if not line:
         raise RuntimeError(f"{' '.join(command)} did not reach its first step")
     print(f"{arch}: {seconds:.1f} s from the command to the end of the first step, 8 pictures")
