@@ -395,9 +395,8 @@ def bench_optimizer(config: Config, device: torch.device, repeats: int) -> dict:
 # -------------------------------------------------------------------------------------- growth
 def bench_growth(dtype: torch.dtype, repeats: int) -> dict:
     """On a CPU, a RegNetY-100MF on small crops: what a step costs, without distortion, as one thing
-    grows. The exponent
-    is that of the growth from the first row to the last: 0 is flat, 1 is linear. Where only a part
-    of the step grows, what one more costs says more: it is what each adds to the first row's."""
+    grows. The exponent is that of the growth from first row to last: 0 is flat, 1 is linear.
+    Where only a part of the step grows, what each one more adds to the first row's says more."""
     def config(batch=16, **changes):
         given = configure({"arch": "regnety_100mf", "crops": "2x64+4x32", "head": "256-64",
                            "prototypes": 1000, "batch_size": batch, **changes})
@@ -430,18 +429,15 @@ def bench_growth(dtype: torch.dtype, repeats: int) -> dict:
     table("small crops, beside two large ones", steps(
         {count: config(crops=f"2x64+{count}x32") for count in (2, 4, 8, 16)}))
     table("ranks of 16 pictures each, one thread a rank (gloo)", {
-        world: {"step, ms": of_ranks(world, config(16 * world), dtype, repeats)}
-        for world in (1, 2)})
-    positions, rows = [mix(i) for i in range(10_000)], {}
-    for count in (1_000, 1_000_000, 1_000_000_000):
-        order = partial(lambda count: [permute(p % count, count, 7) for p in positions], count)
-        rows[count] = {"order, microseconds": in_turn({"": order}, repeats)[""] / 10}
-    table("pictures of the set, a position", rows)
+        world: {"step, ms": of_ranks(world, config(), dtype, repeats)} for world in (1, 2)})
+    table("pictures of the set, a position", {
+        count: {"order, microseconds": bench_order(repeats, count)["microseconds"]}
+        for count in (1_000, 1_000_000, 1_000_000_000)})
     return {"repeats": repeats, "tables": tables}
 
 
 def of_ranks(world: int, config: Config, dtype: torch.dtype, repeats: int) -> float:
-    """Median milliseconds of a step of so many processes."""
+    """Median milliseconds of a step of so many processes, each with a batch of its own."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(one_rank, (world, folder, config, dtype, repeats), world)
         return float(Path(folder, "ms").read_text())
@@ -453,7 +449,6 @@ def one_rank(rank: int, world: int, folder: str, config: Config, dtype: torch.dt
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank,
                             world_size=world)
     try:
-        config = replace(config, batch_size=config.micro_batch)         # a rank's own
         step, cpu = our_step(config, torch.device("cpu"), dtype), torch.device("cpu")
         taken = steps_in_turn({"": step}, repeats, cpu)[""]
         ms = statistics.median(map(without_distortion, taken))
@@ -591,9 +586,8 @@ def bench_features(arch: str, device: torch.device, repeats: int) -> dict:
     return result
 
 
-def bench_order(repeats: int) -> dict:
+def bench_order(repeats: int, count: int = 1_000_000_000) -> dict:
     """Microseconds from a position of the stream to its picture."""
-    count = 1_000_000_000
     positions = [mix(i) % count for i in range(10_000)]
     ms = in_turn({"order": lambda: [permute(p, count, 7) for p in positions]}, repeats)
     us = ms["order"] / len(positions) * 1e3
