@@ -1,0 +1,65 @@
+"""Each file of the method works copied alone into an empty folder; its docstring's usage runs."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from itertools import dropwhile, takewhile
+from pathlib import Path
+
+import pytest
+from test_images import write_pictures
+
+ROOT = Path(__file__).parents[1]
+IMPORTS = """
+import torch
+from torch.nn import functional as F
+from {name} import *
+"""
+SETUP = {
+    "swav": "from torch import nn\n"
+            "class Trunk(nn.Module):\n"
+            "    num_features = 3\n"
+            "    def forward(self, x): return x.mean((2, 3))\n"
+            "trunk, large, small = Trunk(), torch.randn(4, 3, 8, 8), torch.randn(12, 3, 4, 4)\n",
+    "larc": "model = torch.nn.Linear(3, 2)\nloss = model(torch.ones(1, 3)).sum()\n",
+}
+
+
+def usage(name):
+    """The first indented lines of a module's docstring: its usage."""
+    lines = (ROOT / f"{name}.py").read_text().split('"""')[1].splitlines()
+    indented = dropwhile(lambda line: not line.startswith("    "), lines)
+    return "\n".join(line[4:] for line in takewhile(lambda line: line.startswith("    "), indented))
+
+
+@pytest.mark.parametrize("name, needs", [
+    ("regnet", []), ("sinkhorn", []), ("swav", ["sinkhorn"]), ("multicrop", []), ("larc", [])])
+def test_a_file_of_the_method_works_alone(name, needs, tmp_path):
+    for needed in [name, *needs]:
+        shutil.copy(ROOT / f"{needed}.py", tmp_path)
+    write_pictures(tmp_path, 1, ".jpg", (300, 200))
+    (tmp_path / "0000.jpg").rename(tmp_path / "picture.jpg")
+    assert usage(name)
+    script = IMPORTS.format(name=name) + SETUP.get(name, "") + usage(name)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment,
+                            capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_floors_of_the_house():
+    """The method and the workshop's leaves import no program; evaluate does not import train."""
+    def imported(name):
+        text = (ROOT / f"{name}.py").read_text()
+        return set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
+
+    method = {"regnet", "sinkhorn", "swav", "multicrop", "larc"}
+    leaves = {"images", "demo", "checkpoint", "guard", "weights"}         # recipes.py, above them, needs the method
+    programs = {"train", "evaluate", "bench"}
+    for name in method:
+        assert imported(name) & (method | leaves | programs) == ({"sinkhorn"} if name == "swav" else set())
+        assert "argparse" not in imported(name) and "os" not in imported(name)
+    for name in leaves:
+        assert imported(name) & (method | programs) == set()
+    assert "train" not in imported("evaluate")
