@@ -1,24 +1,24 @@
-"""Multi-crop: encoded picture -> crops of several sizes -> distorted, normalised batches.
+"""Multi-crop: encoded image -> crops of several sizes -> augmented, normalised batches.
 
-Paper: SwAV (arXiv 2006.09882, section 3.3 and appendix A.3); the distortion is SimCLR's (arXiv
-2002.05709, appendix A). The work is cut in two where it is cheapest to cut:
+Paper: SwAV (arXiv 2006.09882, section 3.3 and appendix A.3); the photometric augmentation is
+SimCLR's (arXiv 2002.05709, appendix A). The work is shared by a CPU and the device:
 
     crop = MultiCrop(parse_crops("2x224+4x96"))
     crops, params = crop(open("picture.jpg", "rb").read(), seed=7)   # uint8, on a CPU worker
     images = Photometric()(crops[0], params[0])                      # float32, in batch, anywhere
 
-A worker decodes the picture once, draws all boxes and distortions, and cuts and resizes the crops
+A worker decodes the image once, draws all boxes and augmentations, and cuts and resizes the crops
 (antialiased, uint8). Flip, colour jitter, grayscale, blur and normalisation then run for a whole
 batch on the device. Everything random is drawn in the worker from `seed` alone, so crops and
 parameters are the same on any machine, in any process.
 
-Differs from the reference (facebookresearch/swav: torchvision transforms on PIL pictures):
+Differs from the reference (facebookresearch/swav: torchvision transforms on PIL images):
 - crops are resized by torch's antialiased bilinear filter, which is PIL's but for its rounding (at
   most 3/255), and several times as fast;
-- a JPEG so large that each crop keeps the pixels it is to have is decoded at a half, a quarter or an
-  eighth of its size: edges of boxes move by up to half a pixel of the smaller picture, and crops of
-  bench.py's 12-megapixel pictures differ by 1.8/255 on average;
-- distortion is float32 in [0, 1]; PIL rounds to 8 bits after each operation;
+- a JPEG that is large enough for all of its crops is decoded at a half, a quarter or an eighth of its
+  size: edges of boxes move by up to half a pixel of the smaller image, and crops of 12-megapixel
+  images differ by 1.8/255 on average (those of `python -m bench input`);
+- augmentation is float32 in [0, 1]; PIL rounds to 8 bits after each operation;
 - grayscale is float32 with the same weights; hue turns by the exact angle, not in 1/255 steps;
 - blur is a Gaussian of standard deviation sigma in [0.1, 2], truncated at 6 pixels, reflected at
   the borders. PIL's GaussianBlur(radius=sigma) approximates the same Gaussian by three box
@@ -32,7 +32,7 @@ Differs from the reference (facebookresearch/swav: torchvision transforms on PIL
 - transparent pixels are laid on white; 16-bit pictures are scaled to 8 bits, not clipped;
 - normalisation is ImageNet's (std 0.229, 0.224, 0.225); the reference's first number is 0.228.
 
-Shapes: N crops of one size, V crops of a picture, P parameters of a crop's distortion.
+Shapes: N crops of one size, V crops of an image, P parameters of a crop's augmentation.
 """
 import functools
 import io
@@ -59,7 +59,7 @@ MAX_PIXELS = 89_478_485                             # of a picture: where PIL be
 BLUR_RADIUS = 6                                     # pixels: three times the largest sigma
 
 
-# What makes a stored picture upright, by EXIF's orientation; from 5 on rows become columns.
+# What makes a stored image upright, by EXIF's orientation; from 5 on rows become columns.
 UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
            5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
            8: Transpose.ROTATE_90}
@@ -68,13 +68,13 @@ UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.F
 class CropSpec(NamedTuple):
     count: int
     size: int                                       # pixels, square
-    scale: tuple[float, float]                      # share of the picture's area, from and to
+    scale: tuple[float, float]                      # share of the image's area, from and to
 
 
 def parse_crops(text: str) -> list[CropSpec]:
     """"2x224+4x96" or "2x160@0.14-1+4x96@0.05-0.14" -> [CropSpec, ...].
 
-    Without a scale, crops of the first size cover 0.14 to 1 of the picture's area and others 0.05
+    Without a scale, crops of the first size cover 0.14 to 1 of the image's area and others 0.05
     to 0.14 (SwAV). Raises ValueError for anything else.
     """
     specs = []
@@ -93,8 +93,8 @@ def parse_crops(text: str) -> list[CropSpec]:
     return specs
 
 
-class BadPicture(ValueError):
-    """A picture that cannot be used. cause: empty, no picture, too large, truncated or damaged."""
+class BadImage(ValueError):
+    """An image that cannot be used. cause: empty, no picture, too large, truncated or damaged."""
 
     def __init__(self, cause: str, detail):
         super().__init__(f"{cause}: {detail}")
@@ -102,47 +102,47 @@ class BadPicture(ValueError):
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Encoded picture -> upright RGB picture, of an animation the first frame. Raises BadPicture
-    for a broken one, and for one of more than max_pixels."""
+    """Encoded image -> upright RGB image, of an animation the first frame. Raises BadImage for a
+    broken one, and for one of more than max_pixels."""
     return load(read_header(data, max_pixels))
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Encoded picture -> a PIL image of known size and kind, not decoded yet. Raises BadPicture."""
+    """Encoded image -> a PIL image of known size and kind, not decoded yet. Raises BadImage."""
     if not data:
-        raise BadPicture("empty", "0 bytes")
+        raise BadImage("empty", "0 bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:              # whose own message names a memory address
-        raise BadPicture("no picture", f"{len(data)} bytes of no known kind") from None
+        raise BadImage("no picture", f"{len(data)} bytes of no known kind") from None
     except Image.DecompressionBombError as error:
-        raise BadPicture("too large", error) from None
+        raise BadImage("too large", error) from None
     except Exception as error:                  # decoders raise nearly anything
         raise _undecodable(error, data) from None
     if image.width * image.height > max_pixels:
-        raise BadPicture("too large", f"{image.width} x {image.height} pixels")
+        raise BadImage("too large", f"{image.width} x {image.height} pixels")
     return image
 
 
 @functools.cache
 def _formats() -> list[str]:
-    """Kinds of picture that are read; PIL knows others, some of which start programs (EPS)."""
+    """Formats that are read; PIL knows others, some of which start programs (EPS)."""
     Image.init()
     return [kind for kind in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000",
                               "AVIF") if kind in Image.OPEN]
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's 1 to 8: how the stored picture is to be turned; 1 where it does not say."""
+    """EXIF's 1 to 8: how the stored image is to be turned; 1 where it does not say."""
     try:
         turn = image.getexif().get(0x0112)
         return turn if turn in UPRIGHT else 1   # a damaged note may hold anything
-    except Exception:                           # a broken note does not spoil the picture
+    except Exception:                           # a damaged note does no harm
         return 1
 
 
 def load(image: Image.Image) -> Image.Image:
-    """Decode a PIL image whose header was read -> RGB, made upright. Raises BadPicture."""
+    """Decode a PIL image whose header was read -> RGB, made upright. Raises BadImage."""
     try:
         image.load()
         turn = orientation(image)                       # now, for PIL itself turns a TIFF
@@ -164,11 +164,11 @@ def load(image: Image.Image) -> Image.Image:
         raise _undecodable(error) from None
 
 
-def _undecodable(error: Exception, data: bytes = b"") -> BadPicture:
+def _undecodable(error: Exception, data: bytes = b"") -> BadImage:
     """Truncated, where the decoder says so or, of a WebP, the length in its header."""
     cut = any(word in str(error).lower() for word in ("truncated", "incomplete", "end of"))
     cut |= data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
-    return BadPicture("truncated" if cut else "damaged", error)
+    return BadImage("truncated" if cut else "damaged", error)
 
 
 def random_box(width: int, height: int, scale: tuple[float, float],
@@ -191,12 +191,12 @@ def random_box(width: int, height: int, scale: tuple[float, float],
 
 
 class MultiCrop:
-    """One picture's crops and the parameters of their distortion.
+    """One image's crops and the parameters of their augmentation.
 
     specs: from parse_crops.  strength: scales the colour jitter; 1 is SwAV's (brightness, contrast
-    and saturation by up to 0.8, hue by up to 0.2); or a function of the picture's position in the
+    and saturation by up to 0.8, hue by up to 0.2); or a function of the image's position in the
     stream, for a strength that changes over the run.  jitter, gray, blur, flip: probabilities.
-    max_pixels: of a picture; larger ones are not decoded.
+    max_pixels: of an image; larger ones are not decoded.
     """
 
     def __init__(self, specs: Sequence[CropSpec], strength: float | Callable[[int], float] = 1.0,
@@ -208,10 +208,10 @@ class MultiCrop:
 
     def __call__(self, data: bytes, seed: int,
                  position: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-        """data: an encoded picture.  seed: all randomness.  position: in the stream of pictures.
+        """data: an encoded image.  seed: all randomness.  position: in the stream of images.
 
         Returns, per size, uint8 crops (count, 3, size, size) and float32 params (count, P). Raises
-        BadPicture.
+        BadImage.
         """
         image, rng = read_header(data, self.max_pixels), random.Random(seed)
         scalable = image.format in ("JPEG", "MPO")      # at a half, a quarter, an eighth
@@ -227,12 +227,12 @@ class MultiCrop:
             if shrink > 1:
                 image.draft(None, (image.width // shrink, image.height // shrink))
             image = load(image)
-        picture = torch.from_numpy(numpy.array(image))                   # (H, W, 3)
+        pixels = torch.from_numpy(numpy.array(image))                    # (H, W, 3)
         for (count, size, _), places in zip(self.specs, boxes):
             cut = torch.empty(count, 3, size, size, dtype=torch.uint8)
             for crop, box in zip(cut, places):
                 left, top, right, bottom = (round(edge / shrink) for edge in box)
-                part = picture[top:bottom, left:right].contiguous()      # (h, w, 3)
+                part = pixels[top:bottom, left:right].contiguous()      # (h, w, 3)
                 part = part.permute(2, 0, 1)[None]
                 crop.copy_(F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0])
             crops.append(cut)
@@ -247,7 +247,7 @@ class MultiCrop:
             for box in places for start, end in ((0, 2), (1, 3)))), 1)
 
     def draw(self, rng: random.Random, position: int = 0) -> list[float]:
-        """One crop's distortion, in the order of PARAMS."""
+        """One crop's augmentation, in the order of PARAMS."""
         strength = self.strength(position) if callable(self.strength) else self.strength
         jitter, colour = rng.random() < self.jitter, 0.8 * strength
         factors = [rng.uniform(max(0.0, 1 - colour), 1 + colour) for _ in range(3)]
@@ -260,7 +260,7 @@ class MultiCrop:
 
 
 class Photometric(nn.Module):
-    """Distort and normalise a batch of crops.
+    """Photometric augmentation and normalisation of a batch of crops.
 
     forward(crops uint8 (N, 3, s, s), params float32 (N, P)) -> float32 (N, 3, s, s).
     Crops may lie on any device; params should stay on the CPU, where it is decided, without
@@ -276,15 +276,15 @@ class Photometric(nn.Module):
     def forward(self, crops: Tensor, params: Tensor) -> Tensor:
         out = torch.empty(crops.shape, device=crops.device)
         # on a CPU one crop after the other: it stays in the processor's cache, and has one order
-        pieces = 1 if crops.device.type == "cpu" else max(1, len(crops))
+        size = 1 if crops.device.type == "cpu" else max(1, len(crops))
         with torch.autocast(crops.device.type, enabled=False):
-            for x, p, y in zip(crops.split(pieces), params.split(pieces), out.split(pieces)):
-                torch.sub(distort(x, p), self.mean, out=y).div_(self.std)
+            for x, p, y in zip(crops.split(size), params.split(size), out.split(size)):
+                torch.sub(augment(x, p), self.mean, out=y).div_(self.std)
         return out
 
 
-def distort(crops: Tensor, params: Tensor) -> Tensor:
-    """uint8 (N, 3, s, s), params (N, P) -> distorted float32 in 0..1."""
+def augment(crops: Tensor, params: Tensor) -> Tensor:
+    """uint8 (N, 3, s, s), params (N, P) -> augmented float32 in 0..1."""
     x = crops.contiguous() / 255
     p = dict(zip(PARAMS, params.cpu().numpy().T))                        # each (N,), on the host
     x = _apply(_flip, x, p["flip"], p["flip"] > 0)
@@ -361,8 +361,8 @@ def _gray_out(x: Tensor, _) -> Tensor:
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Separable Gaussian, each crop its own sigma; 13 taps, reflected at the borders.
 
-    The padded crops are sums of themselves, shifted in one dimension of memory: what a shift carries
-    over the end of a row, or of a channel, lands in the padding.
+    Sums of the padded crops, shifted in one dimension of memory: what a shift carries over the end
+    of a row, or of a channel, falls into the padding.
     """
     padded = F.pad(x, [BLUR_RADIUS] * 4, mode="reflect")                 # (N, 3, s + 12, s + 12)
     flat, blurred = padded.flatten(1), torch.empty_like(padded).flatten(1)
@@ -371,10 +371,11 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])
     for step in (1, padded.shape[3]):                                    # along rows, along columns
         first, last = BLUR_RADIUS * step, flat.shape[1] - BLUR_RADIUS * step
+        length = last - first
         inner = torch.mul(flat[:, first:last], kernel[:, :1], out=blurred[:, first:last])
         for i in range(1, BLUR_RADIUS + 1):
-            pair = flat[:, first - i * step:last - i * step] + flat[:, first + i * step:last + i * step]
-            inner.addcmul_(pair, kernel[:, i:i + 1])
+            left, right = flat[:, first - i * step:], flat[:, first + i * step:]
+            inner.addcmul_(left[:, :length] + right[:, :length], kernel[:, i:i + 1])
         flat, blurred = blurred, flat
     inside = slice(BLUR_RADIUS, -BLUR_RADIUS)
     return flat.view(padded.shape)[:, :, inside, inside]

@@ -11,9 +11,7 @@ a stage; widths are last made divisible by the group width of the 3x3 convolutio
     features = RegNet(params)(torch.randn(2, 3, 224, 224))       # (2, 3024)
     print(params.stages(), complexity(params))
 
-    python regnet.py                                             # the published networks
-    python regnet.py show 27,640,230.83,2.53,373                 # one, from its line to its stages
-    python regnet.py sample --flops 400e6 --count 20 --seed 0    # random members of the space
+    python -m figures.design_space      # the published networks; one explained; random members
 
 How the paper comes to this: it does not search for one network, it narrows a *space* of networks
 down, and keeps what makes its random members better (sections 3 and 4):
@@ -40,7 +38,6 @@ Differs from the reference (pycls):
 Shapes: B images, C features, w a stage's width.
 """
 import math
-import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,7 +115,7 @@ class RegNetParams:
 
 # depth, w_0, w_a, w_m, group width. Up to 32GF: pycls. 64GF and 128GF: ClassyVision and VISSL.
 # 256GF and 10B: VISSL's SEER models. (ClassyVision's own 256GF is another network.)
-# RegNetY-100MF is not published: three stages, for pictures of 64 pixels and for CPUs.
+# RegNetY-100MF is not published: three stages, for images of 64 pixels and for CPUs.
 _X = {
     "200mf": (13, 24, 36.44, 2.49, 8), "400mf": (22, 24, 24.48, 2.54, 16),
     "600mf": (16, 48, 36.97, 2.24, 24), "800mf": (16, 56, 35.73, 2.28, 16),
@@ -278,119 +275,5 @@ def complexity(params: RegNetParams, resolution: int = 224, num_classes: int = 1
     return Complexity(*total)
 
 
-# ------------------------------------------------------------------- the space, and its printing
-def sample(flops: float, rng: random.Random, se_ratio: float | None = 0.25,
-           draws: int = 200_000) -> RegNetParams:
-    """A random member of the space with 90 to 100 % of a budget of multiply-adds at 224 pixels.
-
-    As the paper draws them (sections 4 and 5, with the ranges of its code): 12 to 28 blocks in four
-    stages, w_m of 2 to 3, w_0 and w_a of 8 to 256, all three log-uniform, and group widths of 8 to
-    128, every other one a power of two; and no more parameters
-    and activations than good networks of that budget have (figure 12). Above 16 GF the widths'
-    ranges grow with the root of the budget. Raises ValueError where no draw meets the budget.
-    """
-    if not 0 < flops < math.inf:
-        raise ValueError(f"a budget of {flops:g} multiply-adds is none")
-    giga, scale = flops / 1e9, math.sqrt(max(1.0, flops / 16e9))
-
-    def log_uniform(low, high, step):
-        return step * round(math.exp(rng.uniform(math.log(low), math.log(high))) / step)
-
-    for _ in range(draws):
-        powers_of_two = rng.random() < 0.5
-        group_width = log_uniform(8 * scale, 128 * scale, 8)
-        if powers_of_two:
-            group_width = 2 ** round(math.log2(group_width))
-        params = RegNetParams(
-            rng.randint(12, 28), log_uniform(8 * scale, 256 * scale, 8),
-            round(log_uniform(8 * scale, 256 * scale, 0.1), 1), round(log_uniform(2, 3, 0.001), 3),
-            group_width, se_ratio)
-        powers = {round(s) for _, s, _ in params.blocks()}
-        if powers == {0, 1, 2, 3} and len(params.stages()) == 4:
-            cost = complexity(params)
-            if (0.9 * flops <= cost.flops <= flops and cost.params <= (3 + 5.5 * giga) * 1e6
-                    and cost.activations <= 6.5 * math.sqrt(giga) * 1e6):
-                return params
-    raise ValueError(f"none of {draws:,} networks had 90 to 100 % of {flops:g} multiply-adds; the "
-                     "space is made for 1e8 and more")
-
-
-def show(params: RegNetParams) -> str:
-    """A network's way from its line to its stages, in words."""
-    p, stages = params, params.stages()
-    lines = [f"RegNet{'Y' if p.se_ratio else 'X'} of depth {p.depth}, w_0 {p.w_0}, w_a {p.w_a:g}, "
-             f"w_m {p.w_m:g}, group width {p.group_width}", "",
-             f"{'block j':>7} {'u_j = w_0 + w_a j':>18} {'s_j':>6} {'rounded':>8} "
-             f"{'w_0 w_m^k':>10} {'multiple of 8':>14}"]
-    for j, (u, s, width) in enumerate(params.blocks()):
-        k = round(s)
-        lines.append(f"{j:>7} {u:>18.2f} {s:>6.2f} {k:>8} {p.w_0 * p.w_m ** k:>10.1f} {width:>14}")
-    lines += ["", f"{'stage':>7} {'depth':>6} {'width':>7} {'group width':>12} {'groups':>7} "
-                  f"{'divisible: width':>17}"]
-    for i, (width, stage) in enumerate(zip(sorted({w for _, _, w in params.blocks()}), stages), 1):
-        lines.append(f"{i:>7} {stage.depth:>6} {width:>7} {stage.group_width:>12} "
-                     f"{stage.width // stage.group_width:>7} {stage.width:>17}")
-    cost = complexity(params)
-    return "\n".join([*lines, "", f"{cost.params / 1e6:.3f} M parameters with 1000 classes, "
-                      f"{cost.flops / 1e9:.3f} GF (10^9 multiply-adds) and "
-                      f"{cost.activations / 1e6:.2f} M activations at 224 pixels"])
-
-
-def table(networks: dict[str, RegNetParams]) -> str:
-    """One network a line; parameters with 1000 classes, at 224 pixels."""
-    lines = [f"{'network':<28} {'widths':<22} {'depths':<11} {'group widths':<19} "
-             f"{'M params':>9} {'GF':>9} {'M acts':>7}"]
-    for name, params in networks.items():
-        widths, depths, groups = (",".join(map(str, column)) for column in zip(*params.stages()))
-        cost = complexity(params)
-        lines.append(f"{name:<28} {widths:<22} {depths:<11} {groups:<19} "
-                     f"{cost.params / 1e6:>9.3f} {cost.flops / 1e9:>9.3f} "
-                     f"{cost.activations / 1e6:>7.2f}")
-    return "\n".join(lines)
-
-
-def parse(text: str) -> RegNetParams:
-    """A name of ARCHS, or "depth,w_0,w_a,w_m,group_width"; a sixth number is se_ratio, 0 for X."""
-    if text in ARCHS:
-        return ARCHS[text]
-    try:
-        kinds = (int, int, float, float, int, float)
-        numbers = [kind(number) for kind, number in zip(kinds, text.split(","), strict=False)]
-        if len(text.split(",")) not in (5, 6):
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"{text!r} is neither a published network nor five numbers, "
-                         "depth,w_0,w_a,w_m,group_width as in 27,640,230.83,2.53,373") from None
-    return RegNetParams(*numbers)
-
-
 if __name__ == "__main__":
-    import argparse
-    import sys
-
-    parser = argparse.ArgumentParser(description="The RegNet design space.")
-    commands = parser.add_subparsers(dest="command", help="none: the published networks")
-    one = commands.add_parser("show", help="one network, from its line to its stages")
-    one.add_argument("network", help="a published one, or depth,w_0,w_a,w_m,group_width")
-    some = commands.add_parser("sample", help="random networks of the space")
-    some.add_argument("--flops", type=float, default=400e6, help="most multiply-adds (400e6)")
-    some.add_argument("--count", type=int, default=20, help="how many (20)")
-    some.add_argument("--seed", type=int, default=0)
-    some.add_argument("--x", action="store_true", help="RegNetX: no squeeze-and-excitation")
-    args = parser.parse_args()
-    try:
-        if args.command == "show":
-            print(show(parse(args.network)))
-        elif args.command == "sample":
-            if args.count < 1:
-                raise ValueError("--count must be at least 1")
-            rng, found = random.Random(args.seed), {}
-            for _ in range(args.count):
-                p = sample(args.flops, rng, None if args.x else 0.25)
-                found[f"{p.depth},{p.w_0},{p.w_a:g},{p.w_m:g},{p.group_width}" + ",0" * args.x] = p
-            print(table(found))
-        else:
-            print(table(ARCHS))
-    except ValueError as error:
-        print(f"regnet.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    raise SystemExit("regnet.py prints nothing: python -m figures.design_space does")

@@ -9,18 +9,21 @@ Paper: "Unsupervised Learning of Visual Features by Contrasting Cluster Assignme
     loss = swav_loss(scores, codes, num_crops=8)                # backward, step, then:
     model.normalize_prototypes()
 
-A picture's crops are embedded on the unit sphere and compared with K prototypes, also unit
-vectors: the scores. Sinkhorn turns the scores of the assigned crops (as a rule the two large ones)
-into codes, under the constraint that the batch uses all prototypes equally; then every *other*
-crop has to predict that code from its own scores (the "swapped" prediction, eq. 2).
+An image's crops are embedded on the unit sphere and compared with K prototypes, also unit vectors:
+the scores. Sinkhorn turns the scores of the assigned crops (the first two, which are large) into
+codes, under the constraint that the batch uses all prototypes equally. Then every *other* crop has
+to predict that code from its own scores (the "swapped" prediction, eq. 2).
+
+A training loop needs no more of a method than `targets`, `loss`, `before_step`, `after_step` and
+the state dict; `assigned` serves a batch that is computed in several micro-batches.
 
 Differs from the reference (facebookresearch/swav):
 - prototypes have unit norm from the start, and again after each step, instead of before each use;
 - normalisation, scores, codes and loss are float32 or better whatever autocast does;
 - the queue enters the codes when it is full, not at a given epoch.
 
-Shapes: B pictures, V crops, C features, D embedding, K prototypes, A assigned crops, L queue
-length. Rows are crop-major: rows i*B .. (i+1)*B belong to crop i.
+Shapes: B images, V crops, C features, D embedding, K prototypes, A assigned crops, L queue length.
+Rows are crop-major: rows i*B .. (i+1)*B belong to crop i.
 """
 import math
 from typing import Sequence
@@ -31,17 +34,26 @@ from torch.nn import functional as F
 
 from sinkhorn import sinkhorn
 
+ASSIGNED = 2                 # crops of an image that get codes: the first two, which are large
+
 
 class SwAV(nn.Module):
-    """Trunk, projection head and prototypes.
+    """Trunk, projection head and prototypes; codes and loss of their outputs.
 
     trunk: images (N, 3, s, s) -> features (N, C), with C in trunk.num_features.
     head: widths of the projection's linear layers, ReLU between; the last one is D.
     prototypes: K.  head_bn: BatchNorm before each ReLU of the head (SwAV, and SEER up to 32GF).
+    counts: number of crops of each size.  epsilon, iterations, hard: of the codes, as in sinkhorn.
+    temperature: of the predictions.
+    queue: L on this process, 0 for none; used from step queue_start on, once it is full.
+    frozen_steps: first steps, in which the prototypes stay as they began.
     """
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (8192, 8192, 256),
-                 prototypes: int = 16000, head_bn: bool = False):
+                 prototypes: int = 16000, head_bn: bool = False, *, counts: Sequence[int] = (2, 4),
+                 epsilon: float = 0.05, iterations: int = 3, hard: bool = False,
+                 temperature: float = 0.1, queue: int = 0, queue_start: int = 0,
+                 frozen_steps: int = 0):
         super().__init__()
         if not head or min(*head, prototypes) < 1:
             raise ValueError(f"SwAV needs a head of at least one width and at least one prototype, "
@@ -56,6 +68,10 @@ class SwAV(nn.Module):
                 self.head.append(nn.ReLU(inplace=True))
         self.prototypes = nn.Linear(head[-1], prototypes, bias=False)    # weight (K, D)
         self.normalize_prototypes()
+        self.counts, self.temperature, self.frozen_steps = list(counts), temperature, frozen_steps
+        self.sinkhorn = dict(epsilon=epsilon, iterations=iterations, hard=hard)
+        self.queue = Queue(queue, head[-1]) if queue else None
+        self.queue_start, self.latest = queue_start, None                # latest (A, B, D)
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """crops, one (count * B, 3, s, s) per size -> embeddings (V*B, D), scores (V*B, K)."""
@@ -65,6 +81,45 @@ class SwAV(nn.Module):
         with torch.autocast(projected.device.type, enabled=False):
             embeddings = F.normalize(projected.float(), dim=1)
             return embeddings, self.prototypes(embeddings)
+
+    def targets(self, outputs: tuple[Tensor, Tensor], step: int) -> Tensor:
+        """Codes (A, B, K) of the assigned crops. outputs: of forward, or of assigned."""
+        crops = sum(self.counts)
+        embeddings, scores = (x if x.dim() == 3 else x.unflatten(0, (crops, -1))[:ASSIGNED]
+                              for x in outputs)                          # (A, B, D), (A, B, K)
+        history = None
+        if self.queue:
+            self.latest = embeddings.detach()
+            if step >= self.queue_start:
+                history = self.queue.scores(self.prototypes.weight)      # (A, L, K), or None
+        return swav_codes(scores.flatten(0, 1), ASSIGNED, queue_scores=history, **self.sinkhorn)
+
+    def loss(self, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        """outputs: of forward.  targets: (A, B, K), of the same images."""
+        return swav_loss(outputs[1], targets, sum(self.counts), temperature=self.temperature)
+
+    def before_step(self, step: int) -> None:
+        """Between backward and the optimizer's step."""
+        if step < self.frozen_steps:
+            self.freeze_prototypes()
+
+    def after_step(self, step: int) -> None:
+        """After the optimizer's step; not called where a step is skipped."""
+        self.normalize_prototypes()
+        if self.queue:
+            self.queue.push(self.latest)
+
+    def assigned(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Embeddings (A, B, D), scores (A, B, K) of the assigned crops alone. crops: as forward's;
+        those sizes that hold no assigned crop are not computed."""
+        sizes = assigned_sizes(self.counts)
+        computed = sum(self.counts[:sizes])
+        return tuple(x.unflatten(0, (computed, -1))[:ASSIGNED].clone() for x in self(crops[:sizes]))
+
+    def statistics(self, outputs: tuple[Tensor, Tensor], loss: Tensor) -> dict[str, float]:
+        """outputs: of forward, or of assigned. See collapse_statistics."""
+        embeddings, scores = (x.detach().flatten(0, -2) for x in outputs)
+        return collapse_statistics(embeddings, scores, loss, self.temperature)
 
     @torch.no_grad()
     def normalize_prototypes(self) -> None:
@@ -78,6 +133,11 @@ class SwAV(nn.Module):
         same at every step, and an optimizer skips a parameter without gradient.
         """
         self.prototypes.weight.grad = None
+
+
+def assigned_sizes(counts: Sequence[int]) -> int:
+    """How many of the crop sizes, with so many crops each, hold the assigned crops."""
+    return next(i for i in range(1, len(counts) + 1) if sum(counts[:i]) >= ASSIGNED)
 
 
 def swav_codes(scores: Tensor, num_crops: int, assign: Sequence[int] = (0, 1),
@@ -101,17 +161,17 @@ def swav_loss(scores: Tensor, codes: Tensor, num_crops: int, assign: Sequence[in
     """Swapped prediction: each assigned crop's code is predicted from every other crop (eq. 2).
 
     scores: (V*B, K).  codes: (A, B, K), of the crops named in assign.  Returns a scalar: the mean
-    cross-entropy over assigned crops, other crops and pictures; ln K where nothing is predicted.
+    cross-entropy over assigned crops, other crops and images; ln K where nothing is predicted.
     """
     if num_crops < 2 or len(scores) % num_crops or len(codes) != len(assign):
         raise ValueError(f"{len(scores)} rows of scores and codes of {len(codes)} crops do not "
                          f"fit {num_crops} crops, at least 2, of which {len(assign)} are assigned")
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     log_p = F.log_softmax(scores / temperature, dim=1).unflatten(0, (num_crops, -1))    # (V, B, K)
-    everyone = log_p.sum(0)                                              # (B, K)
+    log_p_all_crops = log_p.sum(0)                                       # (B, K)
     loss = 0.0
     for code, crop in zip(codes, assign):
-        loss = loss - (code * (everyone - log_p[crop])).sum(1).mean()
+        loss = loss - (code * (log_p_all_crops - log_p[crop])).sum(1).mean()
     return loss / (len(assign) * (num_crops - 1))
 
 
@@ -119,25 +179,22 @@ class Queue:
     """The last L embeddings of each assigned crop, newest first (section 4.1: small batches).
 
     A queue is `full` once L embeddings have gone in; until then it should not be used, for its
-    remaining rows are zeros. embeddings: (A, L, D).
+    remaining rows are zeros. embeddings: (A, L, D), on the device of what was pushed last.
     """
 
-    def __init__(self, length: int, dim: int, assign: Sequence[int] = (0, 1), device=None):
-        self.assign = list(assign)
-        self.embeddings = torch.zeros(len(assign), length, dim, device=device)
-        self.filled = 0
+    def __init__(self, length: int, dim: int, crops: int = ASSIGNED):
+        self.embeddings, self.filled = torch.zeros(crops, length, dim), 0
 
     @property
     def full(self) -> bool:
         return self.filled >= self.embeddings.shape[1]
 
     @torch.no_grad()
-    def push(self, embeddings: Tensor, num_crops: int) -> None:
-        """embeddings: (V*B, D), as the model returns them."""
-        new = embeddings.float().unflatten(0, (num_crops, -1))[self.assign]      # (A, B, D)
-        length = self.embeddings.shape[1]
-        self.embeddings = torch.cat([new, self.embeddings], dim=1)[:, :length].contiguous()
-        self.filled = min(length, self.filled + new.shape[1])
+    def push(self, embeddings: Tensor) -> None:
+        """embeddings: (A, B, D), of the assigned crops."""
+        kept, length = self.embeddings.to(embeddings.device), self.embeddings.shape[1]
+        self.embeddings = torch.cat([embeddings.float(), kept], dim=1)[:, :length].contiguous()
+        self.filled = min(length, self.filled + embeddings.shape[1])
 
     @torch.no_grad()
     def scores(self, prototypes: Tensor) -> Tensor | None:
@@ -175,22 +232,3 @@ def collapse_statistics(embeddings: Tensor, scores: Tensor, loss: Tensor,
         "spread": (1 - z.mean(0).square().sum()).clamp(min=0).sqrt().item(),
         "effective_rank": torch.xlogy(share, share).sum().neg().exp().item(),
     }
-
-
-def symptoms(statistics: dict[str, float], dim: int) -> dict[str, str]:
-    """Signs of a collapse in what collapse_statistics gives -> what is seen and what it means.
-
-    To be asked once the learning rate has risen and the prototypes are free, and to be believed
-    when it has lasted: a healthy run may look like this for its first few dozen steps.
-    dim: D.  The limits stand well clear of healthy runs (tests/data/demo_curves.json).
-    """
-    loss, rank, used = (statistics[name] for name in (
-        "loss_over_ln_k", "effective_rank", "prototypes_used"))
-    signs = {
-        "loss": (loss > 0.99, "the loss is not below 99 % of ln K: every prototype is predicted "
-                              "alike, whatever the picture"),
-        "rank": (rank < max(1.5, 0.02 * dim), f"the embeddings' effective rank is {rank:.1f} of "
-                                              f"{dim}: they lie on a line, near enough"),
-        "use": (used < 0.05, f"only {used:.0%} of the prototypes are the nearest one to any crop"),
-    }
-    return {sign: meaning for sign, (seen, meaning) in signs.items() if seen}

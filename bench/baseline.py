@@ -1,13 +1,16 @@
-"""The ordinary way, written plainly, as one finds it elsewhere: what bench.py measures beside.
+"""The baseline: standard PyTorch and torchvision, written plainly.
+
+    step = baseline_step(config, crops)         # what `python -m bench step` measures beside ours
+    step(Clock(device))                         # a whole training step, timed by its parts
 
 torchvision's network in NCHW, eager; the loss as a double loop; the textbook Sinkhorn; LARC tensor
-by tensor around torch.optim.SGD; torchvision's transforms on a PIL picture, once for each crop.
+by tensor around torch.optim.SGD; torchvision's transforms on a PIL image, once for each crop.
 
-Shapes: B pictures, V crops, K prototypes.
+Shapes: B images, V crops, K prototypes.
 """
 import io
 import random
-from typing import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torchvision
@@ -16,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-from multicrop import IMAGENET_MEAN, IMAGENET_STD, parse_crops
-from recipes import Config, parse_head
+from multicrop import IMAGENET_MEAN, IMAGENET_STD, CropSpec
+from recipes.config import Config
 from regnet import ARCHS
-from scale import ASSIGNED
+from swav import ASSIGNED
 
 
-def ordinary_trunk(arch: str) -> nn.Module:
-    """torchvision's; a few RegNets are rounded to other widths there."""
+def baseline_trunk(arch: str) -> nn.Module:
+    """torchvision's network, with a classifier .fc; it rounds a few RegNets to other widths."""
     if arch not in ARCHS:
         return torchvision.models.resnet50()
     p = ARCHS[arch]
@@ -31,13 +34,13 @@ def ordinary_trunk(arch: str) -> nn.Module:
         p.depth, p.w_0, p.w_a, p.w_m, p.group_width, se_ratio=p.se_ratio))
 
 
-def ordinary_step(config: Config, crops: list[Tensor]) -> Callable:
+def baseline_step(config: Config, crops: list[Tensor]) -> Callable:
     """A training step in float32 or, on a GPU, bf16 autocast. crops: uint8, one tensor per size.
     Returns step(clock), which times its parts with clock.timed(name, function)(arguments)."""
-    views, device = sum(spec.count for spec in parse_crops(config.crops)), crops[0].device
+    views, device = sum(spec.count for spec in config.crops), crops[0].device
     with torch.device(device):
-        trunk = ordinary_trunk(config.arch)
-        widths, head = [trunk.fc.in_features, *parse_head(config.head)], nn.Sequential()
+        trunk = baseline_trunk(config.arch)
+        widths, head = [trunk.fc.in_features, *config.head], nn.Sequential()
         trunk.fc = nn.Identity()
         for i, (w_in, w_out) in enumerate(zip(widths, widths[1:])):
             head.append(nn.Linear(w_in, w_out))
@@ -65,7 +68,7 @@ def ordinary_step(config: Config, crops: list[Tensor]) -> Callable:
 
     def step(clock) -> None:
         optimizer.zero_grad()
-        dtype = ordinary_precision(device)
+        dtype = baseline_precision(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = clock.timed("forward", forward)().unflatten(0, (views, -1))      # (V, B, K)
             assigned = clock.timed("Sinkhorn", codes)(scores)
@@ -75,7 +78,7 @@ def ordinary_step(config: Config, crops: list[Tensor]) -> Callable:
     return step
 
 
-def ordinary_precision(device: torch.device) -> torch.dtype:
+def baseline_precision(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
@@ -83,6 +86,18 @@ def ordinary_precision(device: torch.device) -> torch.dtype:
 def textbook_codes(scores: Tensor, epsilon: float, iterations: int) -> list[Tensor]:
     """(V, B, K) -> codes (B, K) of the assigned crops, one after the other."""
     return [textbook_sinkhorn(scores[a].float(), epsilon, iterations) for a in range(ASSIGNED)]
+
+
+def textbook_sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Exponentiate, then divide rows and columns in turn."""
+    q = torch.exp(scores / epsilon)                                      # (B, K)
+    q /= q.sum()
+    for _ in range(iterations):
+        q /= q.sum(0, keepdim=True)
+        q /= q.shape[1]
+        q /= q.sum(1, keepdim=True)
+        q /= q.shape[0]
+    return q * q.shape[0]
 
 
 def double_loop(scores: Tensor, codes: list[Tensor], temperature: float) -> Tensor:
@@ -99,7 +114,7 @@ def double_loop(scores: Tensor, codes: list[Tensor], temperature: float) -> Tens
 
 @torch.no_grad()
 def plain_larc(params, optimizer, weight_decay: float) -> None:
-    """Tensor by tensor; `if` asks the device for each norm."""
+    """Tensor by tensor; `if` waits for the device at each norm."""
     for p in params:
         p_norm, g_norm = p.norm(), p.grad.norm()
         if p_norm != 0 and g_norm != 0:
@@ -109,20 +124,8 @@ def plain_larc(params, optimizer, weight_decay: float) -> None:
     optimizer.step()
 
 
-def textbook_sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Exponentiate, then divide rows and columns in turn."""
-    q = torch.exp(scores / epsilon)                                      # (B, K)
-    q /= q.sum()
-    for _ in range(iterations):
-        q /= q.sum(0, keepdim=True)
-        q /= q.shape[1]
-        q /= q.sum(1, keepdim=True)
-        q /= q.shape[0]
-    return q * q.shape[0]
-
-
-def ordinary_crops(specs) -> Callable:
-    """As it is usually written: torchvision's transforms on a PIL picture, once for each crop."""
+def baseline_crops(specs: Sequence[CropSpec]) -> Callable[[bytes], list[Tensor]]:
+    """torchvision's transforms on a PIL image, once for each crop: bytes -> (3, s, s) each."""
     def blur(image):
         if random.random() < 0.5:
             return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))

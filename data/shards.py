@@ -1,4 +1,4 @@
-"""Pictures in tar files (WebDataset's layout), read in place, each at random.
+"""Shards: images in tar files (WebDataset's layout), read in place and at random.
 
     images = open_shards("shards/{000000..000999}.tar")         # or "shards/*.tar"
     images[123_456_789]                                         # the bytes of that picture
@@ -295,7 +295,7 @@ def scan(path: str) -> tuple[numpy.ndarray, str]:
             faults.append(f"{others} links, sparse or too large files are passed over")
     except tarfile.ReadError:
         faults.append("not a tar file, or a compressed one, which cannot be read at random")
-    except Exception as error:                          # of odd headers tarfile raises nearly anything
+    except Exception as error:                          # tarfile raises nearly anything
         faults.append(f"{type(error).__name__}: {error}")
     return numpy.array(rows, numpy.uint32).reshape(-1, 3), "; ".join(faults)
 

@@ -1,12 +1,12 @@
-"""Features and clusters of every picture, into files.
+"""Features and clusters of every image of a set, into files.
 
     about = {"checkpoint": "runs/mine/trunk.pt"}
-    features(trunk, Centred(images, 224), Path("features.npy"), about, workers=8)
-    clusters(swav, Centred(images, 224), Path("clusters.csv"), workers=8)
+    features(trunk, CenterCrops(images, 224), Path("features.npy"), about, workers=8)
+    clusters(swav, CenterCrops(images, 224), Path("clusters.csv"), workers=8)
 
-Under torchrun each rank takes its share of the pictures.
+Under torchrun each rank takes its share of the images. evaluate.py's `features` and `clusters`.
 
-Shapes: N pictures, C features, K prototypes.
+Shapes: B images of a batch, N of a set, C features, K prototypes.
 """
 import csv
 import hashlib
@@ -15,22 +15,25 @@ from pathlib import Path
 
 import numpy
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from labelled import Centred, extract, in_batches, is_main, my_share
+from distributed.ranks import barrier, is_main, my_share
+from evaluation.features import CenterCrops, extract, in_batches
+from evaluation.task import EvalTask
+from figures.sheets import sheet
 from swav import SwAV
+from weights.load import load_weights
 
 
-def features(trunk: nn.Module, centred: Centred, out: Path, about: dict, **options) -> dict:
-    """OUT.npy (N, C) float32, to be memory-mapped, NaN where a picture cannot be read; OUT.ok.npy
+def features(trunk: nn.Module, crops: CenterCrops, out: Path, about: dict, **options) -> dict:
+    """OUT.npy (N, C) float32, to be memory-mapped, NaN where an image cannot be read; OUT.ok.npy
     (N,), 1 or, of those, -1; OUT.txt, the names. An interrupted run goes on where it was.
 
-    about: what the features depend on, besides the names.  options: of labelled.in_batches. Raises
+    about: what the features depend on, besides the names.  options: of features.in_batches. Raises
     ValueError where OUT holds features of something else.
     """
-    images, out = centred.images, out.with_suffix(".npy")
+    images, out = crops.images, out.with_suffix(".npy")
     notes, ok_file = out.with_suffix(".json"), out.with_suffix(".ok.npy")
     open_npy = numpy.lib.format.open_memmap
     names = hashlib.sha256()
@@ -38,8 +41,8 @@ def features(trunk: nn.Module, centred: Centred, out: Path, about: dict, **optio
         names.update(images.name(i).encode(errors="surrogateescape") + b"\n")
     about = about | {"pictures": len(images), "names": names.hexdigest()}
     if out.exists() and not (notes.exists() and json.loads(notes.read_text()) == about):
-        raise ValueError(f"{out} holds other features; choose another --out")     # on all ranks alike
-    wait()
+        raise ValueError(f"{out} holds other features; choose another --out")       # on all ranks
+    barrier()
     if is_main() and not notes.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         open_npy(out, "w+", numpy.float32, (len(images), trunk.num_features))
@@ -47,25 +50,25 @@ def features(trunk: nn.Module, centred: Centred, out: Path, about: dict, **optio
         with open(out.with_suffix(".txt"), "w", errors="surrogateescape") as file:
             file.writelines(images.name(i) + "\n" for i in range(len(images)))
         notes.write_text(json.dumps(about) + "\n")
-    wait()
+    barrier()
     rows, done = open_npy(out, "r+"), open_npy(ok_file, "r+")
     left = [i for i in my_share(len(images)) if not done[i]]
     start = 0
-    for (x,), ok in in_batches(trunk, Subset(centred, left), **options):
-        some = left[start:start + len(x)]
-        rows[some] = numpy.where(ok.numpy()[:, None], x.numpy(), numpy.nan)
+    for (x,), ok in in_batches(trunk, Subset(crops, left), **options):
+        indices = left[start:start + len(x)]
+        rows[indices] = numpy.where(ok.numpy()[:, None], x.numpy(), numpy.nan)
         rows.flush()                            # a row counts once it is on the disk
-        done[some] = numpy.where(ok.numpy(), 1, -1)
+        done[indices] = numpy.where(ok.numpy(), 1, -1)
         start += len(x)
     done.flush()
-    wait()
+    barrier()
     return {"out": str(out), "pictures": len(images), "features": rows.shape[1],
             "left_out": int((numpy.asarray(done) < 0).sum())}
 
 
-class Nearest(nn.Module):
-    """Of each picture: its nearest prototype, the cosine, and the confidence: its share in
-    softmax(cosines / temperature). Sinkhorn has no part in it: that shares out a batch."""
+class NearestPrototype(nn.Module):
+    """images -> of each its nearest prototype, the cosine, and the confidence (B,): its share in
+    softmax(cosines / temperature). Sinkhorn has no part in it: that divides up a batch."""
 
     def __init__(self, model: SwAV, temperature: float):
         super().__init__()
@@ -77,13 +80,13 @@ class Nearest(nn.Module):
         return [prototype.float(), cosine, (cosines / self.temperature).softmax(1).amax(1)]
 
 
-def clusters(model: SwAV, centred: Centred, out: Path, temperature: float = 0.1, rows: int = 16,
+def clusters(model: SwAV, crops: CenterCrops, out: Path, temperature: float = 0.1, rows: int = 16,
              columns: int = 10, **options) -> tuple[dict, list[list[int]]]:
-    """A CSV of name, prototype and confidence; and, of the `rows` prototypes that most pictures are
-    nearest to, the `columns` nearest of these pictures. options: of labelled.extract."""
-    (prototype, cosine, confidence), ok = extract(Nearest(model, temperature), centred,
+    """A CSV of name, prototype and confidence; and, of the `rows` prototypes that most images are
+    nearest to, the `columns` nearest of these images. options: of features.extract."""
+    (prototype, cosine, confidence), ok = extract(NearestPrototype(model, temperature), crops,
                                                   desc="clusters", **options)
-    prototype, images, count = prototype.long(), centred.images, model.prototypes.out_features
+    prototype, images, count = prototype.long(), crops.images, model.prototypes.out_features
     if is_main():
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out, "w", newline="", errors="surrogateescape") as file:
@@ -100,6 +103,37 @@ def clusters(model: SwAV, centred: Centred, out: Path, temperature: float = 0.1,
             "confidence": round(confidence[ok].mean().item(), 4)}, nearest
 
 
-def wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def run_features(task: EvalTask) -> dict:
+    options, preprocessing = task.options, task.preprocessing
+    # mean and std, where a run names its own: files begun by an earlier version go on
+    channels = {name: list(values) for name, values in preprocessing.normalisation.items()
+                if name in task.config}
+    about = {"checkpoint": task.digest() or f"{options.arch}, seed {options.seed}",
+             **preprocessing.geometry, **channels}
+    return features(task.trunk, preprocessing.center_crops(task.images()),
+                    Path(options.out or "features.npy"), about, **task.extract_options())
+
+
+def run_clusters(task: EvalTask) -> dict:
+    options, images = task.options, task.images()
+    result, rows = clusters(
+        swav_of(task), task.preprocessing.center_crops(images),
+        Path(options.out or "clusters.csv"), task.config.get("temperature", 0.1), options.rows,
+        options.columns, **task.extract_options())
+    if options.sheet and is_main():
+        sheet(Path(options.sheet), [[task.tile(images, i) for i in row] for row in rows])
+    return result
+
+
+def swav_of(task: EvalTask) -> SwAV:
+    """The whole model: trunk, head and prototypes, as the file's shapes say."""
+    tensors = task.loaded.tensors if task.loaded else {}
+    numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("head.")})
+    layers = [tensors[f"head.{n}.weight"] for n in numbers]
+    widths = [len(layer) for layer in layers if layer.dim() == 2]
+    if not widths or "prototypes.weight" not in tensors:
+        raise ValueError(f"{task.source} holds no prototypes: name a run's folder or checkpoint.pt")
+    head_bn = any(layer.dim() == 1 for layer in layers)
+    model = SwAV(task.trunk, widths, len(tensors["prototypes.weight"]), head_bn)
+    load_weights(model, task.loaded)
+    return model

@@ -1,188 +1,136 @@
-"""Classifiers on features that were computed once: neighbours, logistic regression, linear SVMs.
+"""Low-shot evaluation: linear SVMs on a few images of each class, drawn several times (VISSL).
 
-    predicted = knn(features, labels, queries, k=20)
-    predicted, decay = linear_probe(features, labels, queries)
-    scores = svm_scores(features, is_of_class, queries)          # (M, K); then average_precision
+    scores, costs = svm_scores(features, targets, queries)      # (M, K), (K,)
+    chosen = draw_shots(targets, shots=4, seed=0)               # numbers of the images
+    python evaluate.py lowshot runs/mine --data flowers/ --shots 1,2,4 --draws 5
 
-Each is deterministic, and takes no setting that its own training pictures cannot choose.
+The SVMs are liblinear's (squared hinge loss), deterministic; each class chooses its cost by a
+cross-validation on its own training images.
 
-Shapes: N training pictures, M queries, C features, K classes.
+Shapes: N training images, M queries, C features, K classes.
 """
-from typing import Callable, Sequence
+import sys
+from typing import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WEIGHT_DECAYS = [10.0 ** exponent for exponent in range(0, -7, -1)]      # of the linear probe
+from data.labelled import Labelled
+from data.stream import mix
+from evaluation.linear import linear, minimise
+from evaluation.metrics import average_precision, mean_average_precision, per_cent
+from evaluation.task import EvalTask, counts
+
 COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)    # of SVMs (VISSL's)
 FOLDS = 3                                # of the cross-validation that chooses among them (VISSL)
-SIMILARITIES = 2 ** 26                   # numbers at once
+SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)     # images a class (VISSL's low-shot SVMs)
 
 
-def per_cent(predicted: Tensor, labels: Tensor) -> float:
-    return round(100 * (predicted == labels).double().mean().item(), 2)
-
-
-# ----------------------------------------------------------------------------------- neighbours
-def neighbours(features: Tensor, queries: Tensor, k: int,
-               chunk: int = 0) -> tuple[Tensor, Tensor]:
-    """The k nearest rows of features in cosine similarity: similarities, indices, each (M, k),
-    nearest first. chunk: queries at once; 0: as many as make 2^26 similarities."""
-    features, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
-    chunk = chunk or max(1, SIMILARITIES // len(features))
-    parts = [(some @ features.t()).topk(min(k, len(features))) for some in queries.split(chunk)]
-    similarity, nearest = zip(*parts)
-    return torch.cat(similarity), torch.cat(nearest)
-
-
-def vote(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
-    """Neighbours' similarities, nearest first, and labels, each (M, k) -> predicted labels (M,), by
-    votes of exp(similarity / temperature) (arXiv 1805.01978, section 3.4)."""
-    votes = torch.zeros(len(labels), classes, dtype=similarity.dtype)
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()       # the nearest has 1
-    return votes.scatter_add_(1, labels, weights).argmax(1)
-
-
-def knn(features: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.1,
-        chunk: int = 0) -> Tensor:
-    """Both: (N, C), (N,), (M, C) -> predicted labels (M,)."""
-    similarity, nearest = neighbours(features, queries, k, chunk)
-    return vote(similarity, labels[nearest], temperature, int(labels.max()) + 1)
-
-
-# ------------------------------------------------------------------------- logistic regression
-def minimise(objective: Callable[[Tensor], Tensor], start: Tensor, tolerance: float,
-             max_iterations: int = 500) -> Tensor:
-    """L-BFGS with a strong Wolfe line search, until no entry of the gradient exceeds tolerance."""
-    weights = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=max_iterations, tolerance_grad=tolerance,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        value = objective(weights)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return weights.detach()
-
-
-def linear(features: Tensor, weights: Tensor) -> Tensor:
-    """(N, C), (C + 1, K) -> scores (N, K). The last row of weights are the biases."""
-    return torch.addmm(weights[-1], features, weights[:-1])
-
-
-def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: float,
-               start: Tensor | None = None, tolerance: float = 1e-5) -> Tensor:
-    """Minimise mean cross-entropy + weight_decay / 2 * |W|^2, in the features' dtype.
-
-    start: weights to begin from.  Returns (C + 1, K): W, and below it the biases, which do not
-    decay.
-    """
-    if start is None:
-        start = torch.zeros(features.shape[1] + 1, classes).to(features)
-    return minimise(lambda weights: F.cross_entropy(linear(features, weights), labels)
-                    + weight_decay / 2 * weights[:-1].square().sum(), start, tolerance)
-
-
-def linear_probe(features: Tensor, labels: Tensor, queries: Tensor,
-                 decays: Sequence[float] = WEIGHT_DECAYS) -> tuple[Tensor, float]:
-    """Logistic regression on standardised features: predicted labels (M,), chosen weight decay.
-
-    A fifth of the training pictures, drawn at random, chooses the weight decay (of equals, the
-    largest); then all of them are fitted with it. Raises ValueError for fewer than 5 pictures.
-    """
-    if len(features) < 5:
-        raise ValueError(f"linear needs at least 5 training pictures, not {len(features)}")
-    mean, std = features.mean(0), features.std(0)
-    std = torch.where(std > 1e-6 * std.max(), std, 1.0)      # a constant feature says nothing
-    x, queries = (features - mean) / std, (queries - mean) / std
-    classes = int(labels.max()) + 1
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held_out, rest = order[:len(x) // 5], order[len(x) // 5:]
-    part, part_labels, held_out_x = x[rest], labels[rest], x[held_out]
-    weights, best = None, (-1.0, 0.0, None)             # of equals the first, the largest decay
-    for decay in sorted(decays, reverse=True):          # each fit begins where the last one ended
-        weights = fit_linear(part, part_labels, classes, decay, weights)
-        top1 = per_cent(linear(held_out_x, weights).argmax(1), labels[held_out])
-        best = max(best, (top1, decay, weights), key=lambda entry: entry[0])
-    _, decay, weights = best
-    return linear(queries, fit_linear(x, labels, classes, decay, weights)).argmax(1), decay
-
-
-# ------------------------------------------------------------------------------ linear SVMs
-def fit_svm(features: Tensor, is_of: Tensor, costs: Tensor, start: Tensor | None = None,
+def fit_svm(features: Tensor, targets: Tensor, costs: Tensor, start: Tensor | None = None,
             tolerance: float = 1e-6, used: Tensor | None = None) -> Tensor:
     """One class against the others: minimise |w|^2 / 2 + cost * sum of max(0, 1 - y score)^2, the
     bias being the weight of one more feature, 1, as in liblinear.
 
-    features: (N, C) float64.  is_of: bool (N, K).  costs: (K,).  used: bool (N, K), which pictures
+    features: (N, C) float64.  targets: bool (N, K).  costs: (K,).  used: bool (N, K), which images
     count for which class; None: all.  Returns (C + 1, K).
     """
-    signs = torch.where(is_of, 1.0, -1.0).to(features)
+    signs = torch.where(targets, 1.0, -1.0).to(features)
     weight = 1.0 if used is None else used.to(features)
     scale = 1 / costs.to(features)      # the same minimum, of a function that is of order N
     if start is None:
-        start = torch.zeros(features.shape[1] + 1, is_of.shape[1]).to(features)
-    return minimise(lambda weights: (weights.square().sum(0) * scale / 2).sum()
-                    + ((1 - signs * linear(features, weights)).clamp(min=0).square() * weight).sum(),
-                    start, tolerance, 2000)
+        start = torch.zeros(features.shape[1] + 1, targets.shape[1]).to(features)
+
+    def objective(weights: Tensor) -> Tensor:
+        hinge = (1 - signs * linear(features, weights)).clamp(min=0)
+        return (weights.square().sum(0) * scale / 2).sum() + (hinge.square() * weight).sum()
+
+    return minimise(objective, start, tolerance, 2000)
 
 
-def svm_scores(features: Tensor, is_of: Tensor, queries: Tensor,
+def svm_scores(features: Tensor, targets: Tensor, queries: Tensor,
                costs: Sequence[float] = COSTS) -> tuple[Tensor, Tensor]:
     """Scores of the queries (M, K) by linear SVMs, one a class, and their costs (K,).
 
     Features are scaled to unit norm. Each class' cost is the one with the best average precision in
-    a cross-validation of three folds; 1 where a class has fewer than three pictures. Differs from
-    VISSL's: positive pictures weigh as much as others (there twice), and none is left out of a test.
+    a cross-validation of three folds; 1 where a class has fewer than three images. Differs from
+    VISSL's: positive images weigh as much as others (there twice), and none is left out of a test.
     """
-    x, queries = (F.normalize(some.double(), dim=1) for some in (features, queries))
-    if len(x) < x.shape[1]:             # the weights lie in the span of the pictures
+    x, queries = (F.normalize(rows.double(), dim=1) for rows in (features, queries))
+    if len(x) < x.shape[1]:             # the weights lie in the span of the images
         _, _, basis = torch.linalg.svd(x, full_matrices=False)
         x, queries = x @ basis.t(), queries @ basis.t()
-    best = torch.ones(is_of.shape[1], dtype=torch.float64)
+    best = torch.ones(targets.shape[1], dtype=torch.float64)
     best_precision = torch.full_like(best, -1.0)
-    enough = is_of.sum(0) >= FOLDS
+    enough = targets.sum(0) >= FOLDS
     if enough.any():
-        starts, folds = [None] * FOLDS, _folds(is_of)
+        starts, folds = [None] * FOLDS, _folds(targets)
         for cost in sorted(costs):
             precision = torch.zeros_like(best)
             for fold in range(FOLDS):
                 inside = folds != fold                                   # (N, K)
-                starts[fold] = fit_svm(x, is_of, torch.full_like(best, cost), starts[fold],
+                starts[fold] = fit_svm(x, targets, torch.full_like(best, cost), starts[fold],
                                        tolerance=1e-4, used=inside)
                 held_out = linear(x, starts[fold])
                 precision += torch.stack([
-                    average_precision(held_out[~inside[:, k], k], is_of[~inside[:, k], k])
-                    for k in range(is_of.shape[1])]) / FOLDS
+                    average_precision(held_out[~inside[:, k], k], targets[~inside[:, k], k])
+                    for k in range(targets.shape[1])]) / FOLDS
             better = (precision > best_precision) & enough
             best = torch.where(better, cost, best)
             best_precision = torch.where(better, precision, best_precision)
-    return linear(queries, fit_svm(x, is_of, best)), best
+    return linear(queries, fit_svm(x, targets, best)), best
 
 
-def _folds(is_of: Tensor) -> Tensor:
-    """Each picture's fold, for each class (N, K): each fold has its share of the class."""
-    rank = torch.where(is_of, is_of.cumsum(0), (~is_of).cumsum(0)) - 1      # among its like
-    return rank % FOLDS
+def _folds(targets: Tensor) -> Tensor:
+    """Each image's fold, for each class (N, K): each fold has its share of the class."""
+    # position of an image among those of the class, or among the others
+    position = torch.where(targets, targets.cumsum(0), (~targets).cumsum(0)) - 1
+    return position % FOLDS
 
 
-def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
-    """(M,), bool (M,) -> the mean, over the relevant ones, of the share of relevant ones among
-    those with at least their score; NaN where none is relevant."""
-    scores, order = scores.sort(descending=True)
-    relevant = relevant[order].double()
-    hits, seen = relevant.cumsum(0), torch.arange(1, len(scores) + 1)
-    # of equal scores all have the precision of the last
-    last = torch.searchsorted(-scores.contiguous(), -scores.contiguous(), right=True) - 1
-    return (relevant * hits[last] / seen[last]).sum() / relevant.sum()
+def draw_shots(targets: Tensor, shots: int, seed: int) -> Tensor:
+    """Numbers of `shots` images of each class, drawn at random."""
+    generator = torch.Generator().manual_seed(seed % 2 ** 63)
+    order, chosen = torch.randperm(len(targets), generator=generator), set()
+    for k in range(targets.shape[1]):
+        chosen |= set(order[targets[order, k]][:shots].tolist())
+    return torch.tensor(sorted(chosen))
 
 
-def mean_precision(scores: Tensor, is_of: Tensor) -> float:
-    """Mean average precision over the classes that have a picture, per cent."""
-    values = [average_precision(scores[:, k], is_of[:, k]) for k in range(is_of.shape[1])
-              if is_of[:, k].any()]
-    return round(100 * torch.stack(values).mean().item(), 2)
+def run(task: EvalTask) -> dict:
+    """Mean and deviation over the draws of top-1 (or mean average precision), for each number of
+    shots and depth; first those of the most shots."""
+    options = task.options
+    if min(options.shots) < 1 or options.draws < 1:
+        raise ValueError("lowshot needs --shots and --draws of at least 1")
+    train, val = task.extract_splits(options.depths, multilabel=True)
+    what, rows = "map" if train.labelled.multilabel else "top1", []
+    smallest = int(train.labelled.targets.sum(0).min())
+    skipped = [shots for shots in options.shots if shots > smallest]
+    if skipped:
+        print(f"without {skipped} pictures a class: the smallest has {smallest}", file=sys.stderr)
+    for depth, features, queries in zip(options.depths, train.outputs, val.outputs):
+        for shots in options.shots:
+            if shots in skipped:
+                continue
+            values = torch.tensor([
+                few_shots(features, train.labelled.targets, queries, val.labelled, shots,
+                          mix(options.seed, shots, draw)) for draw in range(options.draws)],
+                dtype=torch.float64)
+            rows.append({"depth": depth, "shots": shots, what: round(values.mean().item(), 2),
+                         "deviation": round(values.std(unbiased=False).item(), 2)})
+            print(f"{depth}, {shots} a class: {rows[-1][what]:.2f} +- {rows[-1]['deviation']:.2f}",
+                  file=sys.stderr)
+    if not rows:
+        raise ValueError(f"the smallest class has {smallest} pictures, fewer than --shots")
+    best = max(rows, key=lambda row: (row["shots"], row[what]))
+    return best | counts(train, val) | {"draws": options.draws, "skipped": skipped, "all": rows}
+
+
+def few_shots(features: Tensor, targets: Tensor, queries: Tensor, truth: Labelled, shots: int,
+              seed: int) -> float:
+    """Top-1, or mean average precision, of one draw, per cent.  truth: of the queries."""
+    chosen = draw_shots(targets, shots, seed)
+    scores, _ = svm_scores(features[chosen], targets[chosen], queries)
+    return (mean_average_precision(scores, truth.targets) if truth.multilabel else
+            per_cent(scores.argmax(1), truth.labels))

@@ -1,29 +1,95 @@
-"""Run a function of a test file in two processes joined by gloo.
+"""What several tests use: images on disk, small runs, and two processes joined by gloo.
 
+    write_pictures(tmp_path / "photos", 12)                 # 12 different PNGs
+    run(photos, tmp_path / "out", "--steps=2")              # train.py, small, in this process
     results = run_ranks(worker, tmp_path, *arguments)       # one result per rank
 
-The worker is a top-level function worker(rank, *arguments) of a test module. The processes meet
-over a file, so no port is needed; what a failed one wrote to stderr is in the error.
+A worker is a top-level function worker(rank, *arguments) of a test module. The processes meet over
+a file, so no port is needed; what a failed one wrote to stderr is in the error.
 """
 import importlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy
+import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+ORACLES = ROOT / "tests" / "oracles"
+SMALL = ["--arch=regnety_100mf", "--recipe=demo", "--crops=2x32+2x16", "--head=32-16",
+         "--prototypes=12", "--batch-size=4", "--workers=0", "--log-every=1", "--precision=fp32",
+         "--device=cpu"]
+
+
+def write_pictures(folder, count, suffix=".png", size=(24, 20)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        rng = numpy.random.default_rng(i)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=numpy.uint8)).save(
+            folder / f"{i:04}{suffix}")
+
+
+def equal(a, b):
+    """Bitwise, through dicts, lists and tuples."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def run(photos, out, *options):
+    """train.py with SMALL settings, in this process."""
+    import train
+    train.main([f"--data={photos}", f"--out={out}", *SMALL, *options])
+
+
+def log_of(out):
+    """The lines of a run's log.jsonl, without what depends on the machine's speed."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items()
+             if k not in ("images_per_second", "waited", "memory_gb")} for line in lines]
+
+
+def refuse(capsys, *argv):
+    """The one sentence with which train.py turns a command line down."""
+    import train
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(argv))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def environment(**more):
+    """Of a child process: the project is importable, one thread."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+def torchrun(*arguments, timeout=300):
+    """train.py, or evaluate.py where that is the first argument, on two ranks."""
+    program = arguments if arguments[0].endswith(".py") else ("train.py", *arguments)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / program[0]), *program[1:]]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout,
+                          env=environment())
 
 
 def run_ranks(worker, tmp_path: Path, *arguments, world: int = 2, timeout: float = 120) -> list:
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     torch.save(arguments, folder / "arguments.pt")
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
-                                "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, worker.__module__, worker.__name__, str(folder), str(world)]
-    processes = [subprocess.Popen([*command, str(rank)], env=environment, text=True,
+    command = [sys.executable, "-m", "tests.helpers", worker.__module__, worker.__name__,
+               str(folder), str(world)]
+    processes = [subprocess.Popen([*command, str(rank)], env=environment(), text=True, cwd=ROOT,
                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
                  for rank in range(world)]
     try:
@@ -31,8 +97,8 @@ def run_ranks(worker, tmp_path: Path, *arguments, world: int = 2, timeout: float
     finally:
         for process in processes:
             process.kill()
-    failed = [f"rank {rank}:\n{error}" for rank, (process, error) in enumerate(zip(processes, errors))
-              if process.returncode]
+    failed = [f"rank {rank}:\n{error}"
+              for rank, (process, error) in enumerate(zip(processes, errors)) if process.returncode]
     assert not failed, "\n".join(failed)
     return [torch.load(folder / f"result{rank}.pt") for rank in range(world)]
 

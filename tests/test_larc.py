@@ -1,15 +1,15 @@
 """larc.py against stored parameters of five steps (apex' LARC around SGD, float64)."""
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 
 import larc
+from bench.baseline import plain_larc
 from larc import LARC
-from ordinary import plain_larc
+from tests.helpers import ORACLES
 
-CASES = torch.load(Path(__file__).parent / "data" / "larc.pt", weights_only=True)["cases"]
+CASES = torch.load(ORACLES / "larc.pt", weights_only=True)["cases"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
@@ -64,14 +64,16 @@ def test_float64_parameters():
 
 
 def some_tensors(device="cpu"):
-    """Vectors, matrices, kernels channels-last, a number, one that is zero and one whose gradient is."""
+    """A vector, a matrix, kernels channels-last, a number, zeros, and one with a gradient of 0."""
     generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator) for shape in ((7,), (40, 33), (24, 8, 3, 3), (), (5,), (6,))]
+    shapes = (7,), (40, 33), (24, 8, 3, 3), (), (5,), (6,)
+    params = [torch.randn(shape, generator=generator) for shape in shapes]
     params[2] = params[2].to(memory_format=torch.channels_last)
     params[4].zero_()
     params = [torch.nn.Parameter(p.to(device)) for p in params]
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(device)       # the kernels' is contiguous
+        # contiguous, also that of the kernels
+        p.grad = torch.randn(p.shape, generator=generator).to(device)
     params[5].grad.zero_()
     return params
 

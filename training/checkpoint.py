@@ -1,20 +1,15 @@
-"""A checkpoint is whole or it is not there; complete state in, complete state out.
+"""Checkpoints of a run: complete state in, complete state out, written in the background.
 
-    save("runs/demo/checkpoint.pt", state)
-    state = load("runs/demo/checkpoint.pt")            # tensors, numbers, strings; never code
-    writer = Writer("runs/demo", keep=2)               # in the background, with the older ones kept
+    saver = Saver(run)
+    saver.step(step)                                    # saves where the configuration says so
+    load_run_state(run, state)
 
-A file is written aside, flushed to the disk, read back, and renamed over the old one: a crash at
-any instant leaves the old one or the new one. It is a plain torch file that loads with
-weights_only=True; being a zip archive it may end with a comment, which is the SHA-256 of the rest,
-so that a file cut short or with one bit turned is known for what it is.
+`run_state` is a collective: every rank calls it, since each holds its own part of a method's queue.
+The file holds the queue of all ranks, so a run may go on with another number of them.
 
-`run_state` is a collective: every rank calls it, since each holds its own part of the queue. The
-file holds the queue of all ranks, so a run may go on with another number of them.
+Shapes: A assigned crops, L queue length of a rank, D embedding.
 """
-import hashlib
 import os
-import pickle
 import re
 import shutil
 import threading
@@ -24,73 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distributed.ranks import barrier, fail_together, gather_lists
+from training.rollback import REMEDY
+from training.run import Run
+from training.signals import Stop
+from weights.atomic import save
+from weights.load import load_weights
+
 VERSION = 3
-_MARK = b"sha256:"
-
-
-def save(path: str | os.PathLike, state) -> None:
-    """Write state to path, all or nothing. Raises OSError where it cannot be written."""
-    aside = f"{path}.tmp"
-    try:
-        with open(aside, "w+b") as file:
-            torch.save(state, file)
-            file.seek(-2, os.SEEK_END)          # a zip archive ends with its comment's length
-            file.write((len(_MARK) + 64).to_bytes(2, "little"))
-            mark = _MARK + digest(file, file.tell()).encode()
-            file.seek(0, os.SEEK_END)
-            file.write(mark)
-            file.flush()
-            os.fsync(file.fileno())
-        if not whole(aside):
-            raise OSError(f"{path} was not written as it should be")
-        os.replace(aside, path)
-        flush_folder(Path(path).parent)
-    except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError on a full disk
-        Path(aside).unlink(missing_ok=True)
-        raise OSError(f"{path} could not be saved: {str(error).splitlines()[0]}") from None
-
-
-def flush_folder(folder: Path) -> None:
-    """Make a renaming outlast a power cut, where folders can be flushed."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def whole(path: str | os.PathLike) -> bool:
-    """Whether a file is as `save` wrote it, to the bit."""
-    with open(path, "rb") as file:
-        length = file.seek(0, os.SEEK_END) - len(_MARK) - 64
-        file.seek(max(0, length))
-        mark, written = file.read(len(_MARK)), file.read()
-        return mark == _MARK and written.decode("latin-1") == digest(file, length)
-
-
-def digest(file, length: int) -> str:
-    """SHA-256 of the first bytes of a file."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    while length > 0 and (block := file.read(min(length, 1 << 24))):
-        digest.update(block)
-        length -= len(block)
-    return digest.hexdigest()
-
-
-def load(path: str | os.PathLike):
-    """Read what `save` wrote, onto the CPU. Raises ValueError for a missing or damaged file, or
-    one that holds anything but tensors and plain values."""
-    try:
-        if not whole(path):
-            raise ValueError("it is not as it was written")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no such checkpoint: {path}") from None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is damaged, or not a checkpoint ({reason})") from None
 
 
 def newest(folder: str | os.PathLike) -> list[Path]:
@@ -101,8 +37,42 @@ def newest(folder: str | os.PathLike) -> list[Path]:
     return [last] * last.exists() + [kept[step] for step in sorted(kept, reverse=True)]
 
 
+class Saver:
+    """Saves a run where its configuration says so."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.writer = Writer(run.out, run.config.keep, run.config.keep_every, run.saved)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.writer.wait()
+
+    def step(self, step: int, force: bool = False) -> None:
+        """Save after this step if it is its turn, if it is the last, or by force. Raises Stop where
+        a weight is not finite, which is so on all ranks alike."""
+        run, done = self.run, step + 1
+        if not (done % run.config.save_every == 0 or done == run.config.steps or force):
+            return
+        norms = torch.stack(torch._foreach_norm(list(run.method.parameters())))
+        if not norms.isfinite().all():
+            raise Stop(f"the weights are not finite at step {done}; {REMEDY.format(run.out)}")
+        state = run_state(run, done)
+        if run.rank == 0:
+            self.writer.save(state, run.method.trunk.state_dict())
+
+    def finish(self) -> None:
+        """Wait until the last save is on the disk, on all ranks. Raises Stop where it failed."""
+        self.writer.wait()
+        if self.writer.error:
+            raise Stop(f"{self.writer.error}; {self.run.out} holds the run as it was before")
+        barrier()
+
+
 class Writer:
-    """Saves a run in the background, from a snapshot: training waits for the copy alone.
+    """Saves in the background, from a snapshot: training waits for the copy alone.
 
     trunk.pt, then checkpoint.pt, whose predecessor stays as checkpoint-STEP.pt: of these the last
     `keep` - 1, and every one whose step is a multiple of `keep_every`. A save that fails leaves
@@ -111,7 +81,7 @@ class Writer:
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2, keep_every: int = 0,
                  step: int | None = None):
-        """step: that of the checkpoint.pt which is there; None where there is none, or a bad one."""
+        """step: of the checkpoint.pt that is there; None where there is none, or a damaged one."""
         self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
         self.step, self.error, self.errors, self.thread = step, "", [], None
 
@@ -132,6 +102,11 @@ class Writer:
             self.thread.join()
             self.thread = None
 
+    def take_errors(self) -> list[str]:
+        """What went wrong since the last call."""
+        taken, self.errors = self.errors, []
+        return taken
+
     def _write(self, state: dict, trunk: dict) -> None:
         last = self.folder / "checkpoint.pt"
         try:
@@ -149,7 +124,7 @@ class Writer:
                 step = int(path.stem.partition("-")[2])
                 if not (self.keep_every and step % self.keep_every == 0):
                     path.unlink()
-        except Exception as error:      # a thread's errors are nobody's
+        except Exception as error:      # no one else would see a thread's error
             self.error = str(error) or type(error).__name__
             self.errors.append(self.error)
 
@@ -163,34 +138,52 @@ def _snapshot(tree):
     return [_snapshot(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
-def run_state(step: int, config: dict, num_images: int, model: nn.Module, optimizer, scaler,
-              queue) -> dict:
-    """All that a run needs to go on after `step` steps. queue: a swav.Queue or None."""
-    state = {"version": VERSION, "step": step, "config": config, "num_images": num_images,
-             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "scaler": scaler.state_dict()}
-    if queue is not None:
+def run_state(run: Run, step: int) -> dict:
+    """All that a run needs to go on after `step` steps: a collective. A method's `queue`, where it
+    has one (swav.Queue), is shared out among the ranks."""
+    state = {"version": VERSION, "step": step, "config": run.config.as_dict(),
+             "num_images": len(run.stream.images), "model": run.method.state_dict(),
+             "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    if queue := getattr(run.method, "queue", None):
         parts = [queue.embeddings]
         if dist.is_initialized():
-            parts = [torch.empty_like(queue.embeddings) for _ in range(dist.get_world_size())]
+            parts = [torch.empty_like(queue.embeddings) for _ in range(run.world)]
             dist.all_gather(parts, queue.embeddings)
         # (A, L, ranks, D) -> (A, L * ranks, D): rows of one age side by side, newest first
         embeddings = torch.stack(parts, 2).flatten(1, 2)
-        state["queue"] = {"embeddings": embeddings, "filled": queue.filled * len(parts)}
-    return state
+        state["queue"] = {"embeddings": embeddings, "filled": queue.filled * run.world}
+    bad = list(map(tuple, gather_lists(run.pending["bad"])))
+    return state | {"pending": run.pending | {"bad": bad}}
 
 
-def load_run_state(state: dict, model: nn.Module, optimizer, scaler, queue) -> None:
-    """The way back from run_state. Raises ValueError where the network is another one."""
+def load_run_state(run: Run, state: dict) -> None:
+    """The way back from run_state. state["last"]: whether it is that of checkpoint.pt. Raises
+    ValueError where the network is another one."""
     try:
-        model.load_state_dict(state["model"])
+        run.method.load_state_dict(state["model"])
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise ValueError(f"the checkpoint is of another network: {reason}") from None
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    if queue is not None:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        saved, device = state["queue"], queue.embeddings.device
-        queue.embeddings = saved["embeddings"][:, rank::world].contiguous().to(device)
-        queue.filled = saved["filled"] // world
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    if queue := getattr(run.method, "queue", None):
+        embeddings = state["queue"]["embeddings"][:, run.rank::run.world].contiguous()
+        queue.embeddings = embeddings.to(run.device)
+        queue.filled = state["queue"]["filled"] // run.world
+    run.start, run.saved = state["step"], state["step"] if state["last"] else None
+    run.pending |= state["pending"] | ({} if run.rank == 0 else {"bad": []})
+
+
+def start_from(source: str, method: nn.Module, rank: int) -> None:
+    """--init: weights of another file. A download is left to one rank of a machine; the others wait
+    for it. Raises ValueError, on all ranks alike."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for turn in (first, not first):
+        with fail_together(Exception):      # whatever it is, the other ranks must not wait
+            if turn:
+                loaded = load_weights(method, source, quiet=rank > 0)
+    if rank == 0:
+        print(f"starts from {source}: the trunk" + "".join(
+            f", {part}" for part in ("head", "prototypes") if part not in loaded.untouched)
+            + f"; new: {', '.join(loaded.untouched)}" * bool(loaded.untouched)
+            + f"; left: {', '.join(loaded.unused)}" * bool(loaded.unused))

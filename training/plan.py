@@ -5,38 +5,35 @@
     print(plan(configure({"arch": "regnety_256gf"}), gpus=8))
     config = fit(config, ranks=8, limit=80e9, dtype=torch.bfloat16)     # chooses the micro-batch
 
-It counts on the meta device: no GPU, and no memory, is needed to learn what a network would take.
-Its multiply-adds are exact; what the step's peak comes to is predicted to some per cent (`bench.py
-step` measures both).
+It counts on the meta device, so neither a GPU nor the network's memory is needed. Its multiply-adds
+are exact; the peak memory of a step is predicted to some per cent (`python -m bench step` measures
+both).
 """
 import math
-import os
-import sys
 from dataclasses import replace
 from typing import NamedTuple
-
-try:
-    import resource
-except ImportError:                      # Windows
-    resource = None
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from multicrop import parse_crops
-from recipes import Config, parse_head, with_length
+from distributed.hardware import PRECISIONS, memory_of
+from distributed.ranks import gather_lists, rank_and_world
+from distributed.wrap import stages_of, sync_group
+from methods.build import build_method
+from recipes.command_line import configure
+from recipes.config import Config, with_length
 from regnet import ARCHS, complexity
-from scale import (ASSIGNED, PRECISIONS, assigned_sizes, build_model, stages_of, sync_group)
+from swav import ASSIGNED, assigned_sizes
 
-ROOM = 0.9                   # of the memory that the plan fills; the rest: context, workspaces
-IMAGENET = 1_281_167         # pictures a plan in epochs counts with where there is no --data
+ROOM = 0.9                   # share of the memory that is planned; the rest: context, workspaces
+IMAGENET = 1_281_167         # images of an epoch where there is no --data
 
 
 class Cost(NamedTuple):
-    """Of a network: parameters, and BatchNorm layers with their channels. Of one picture, over all
-    its crops: multiply-adds of a forward pass, and bytes of the trunk kept for the backward."""
+    """Of a network: parameters, and BatchNorm layers with their channels. Of one image, over all
+    its crops: multiply-adds of a forward pass, and bytes of the trunk kept for backward."""
     trunk_params: int
     params: int                          # of trunk, head and prototypes
     norms: list[int]                     # channels of the trunk's BatchNorms: one pass a crop size
@@ -46,14 +43,12 @@ class Cost(NamedTuple):
     assigned_flops: int                  # the same, of those sizes that hold assigned crops
     activations: int                     # bytes, without checkpointing
     inputs: int                          # bytes, with it: the inputs of blocks, and the stem
-    block: int                           # bytes, with it: the largest block, computed again
+    block: int                           # bytes, with it: of the largest block, in backward
 
 
 def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
     """Counted on the meta device: takes a second or two, and no memory, also for 10 billion."""
-    specs, arch = parse_crops(config.crops), config.arch
-    model = build_model(arch, parse_head(config.head), config.prototypes, config.head_bn,
-                        device="meta")
+    specs, arch, model = config.crops, config.arch, build_method(config, "meta")
     trunk_params, params = (sum(p.numel() for p in m.parameters()) for m in (model.trunk, model))
     norms, head_norms = ([m.num_features for m in part.modules() if isinstance(m, _BatchNorm)]
                          for part in (model.trunk, model.head))
@@ -79,8 +74,8 @@ def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
 
 
 def kept_for_backward(trunk: nn.Module, size: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes a crop: all that autograd saves; then, with checkpointing, what is kept throughout, and
-    the most that one block takes when it is computed again, with the gradient of its output."""
+    """Bytes a crop: all that autograd saves; then, with activation checkpointing, what is kept
+    throughout, and the most that one block takes in backward, with the gradient of its output."""
     trunk = trunk.to(dtype)
     owned = {t.untyped_storage()._cdata for t in (*trunk.parameters(), *trunk.buffers())}
     kept, outside, inside, alive = {}, set(), {}, []
@@ -113,61 +108,17 @@ def kept_for_backward(trunk: nn.Module, size: int, dtype: torch.dtype) -> tuple[
             max(inside.values()) // crops)
 
 
-def roofline(config: Config, dtype: torch.dtype, flops_a_second: float,
-             bytes_a_second: float) -> float:
-    """Seconds, at the least, of forward and backward of a micro-batch: the sum over layers of the
-    larger of what its arithmetic and what its memory takes, were each as fast as measured alone.
-
-    A convolution or linear layer computes three products (output, gradients of input and of
-    weights; the first layer no gradient of the pictures), each with its two operands read and its
-    result written. BatchNorm, with a ReLU behind it or not, goes over its map eight times: it reads
-    for the statistics, reads and writes; and backward reads map and gradient twice, and writes. All
-    else (squeeze-and-excitation's mean and product, residuals, the loss) is left out.
-    """
-    layers, crops = [], 2                # BatchNorm wants more than one value of a channel
-    model = build_model(config.arch, parse_head(config.head), config.prototypes, config.head_bn,
-                        device="meta")
-
-    def count(module, inputs, output):
-        n_in, n_out, w = inputs[0].numel() / crops, output.numel() / crops, 0
-        if isinstance(module, _BatchNorm):
-            layers.append((0, 8 * n_out, 0))
-        else:
-            w = module.weight.numel()
-            per_output = w // len(module.weight)             # multiply-adds
-            products = 2 if inputs[0].shape[1] == 3 else 3           # of pictures, or of maps
-            layers.append((products * 2 * n_out * per_output, products * (n_in + n_out),
-                           products * w))
-
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, _BatchNorm)):
-            module.register_forward_hook(count)
-    specs, seconds = parse_crops(config.crops), 0.0
-    passes = [(model.trunk, (3, spec.size, spec.size), spec.count) for spec in specs]
-    passes.append((nn.Sequential(model.head, model.prototypes), (model.trunk.num_features,),
-                   sum(spec.count for spec in specs)))
-    for network, shape, views in passes:
-        layers.clear()
-        network(torch.empty(crops, *shape, device="meta"))
-        rows = views * config.micro_batch
-        seconds += sum(max(rows * flops / flops_a_second,
-                           (rows * maps + weights) * dtype.itemsize / bytes_a_second)
-                       for flops, maps, weights in layers)
-    return seconds
-
-
-def memory(cost: Cost, config: Config, micro_batch: int, recompute: bool, ranks: int,
+def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ranks: int,
            dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """Bytes at the peak of a step, by part."""
-    specs, head = parse_crops(config.crops), parse_head(config.head)
-    views, share = sum(spec.count for spec in specs), config.batch_size // ranks
-    pixels = sum(spec.count * 3 * spec.size ** 2 for spec in specs)
-    kept = cost.inputs + cost.block if recompute else cost.activations
+    views, share = sum(spec.count for spec in config.crops), config.batch_size // ranks
+    pixels = sum(spec.count * 3 * spec.size ** 2 for spec in config.crops)
+    kept = cost.inputs + cost.block if checkpointing else cost.activations
     codes = 2 * ASSIGNED * share * config.prototypes * 4      # scores of the whole share, and codes
     # of the head in autocast; then in float32 scores, log p, and the gradients of both
-    loss = views * (2 * dtype.itemsize * sum(head) + 4 * 4 * config.prototypes)
+    loss = views * (2 * dtype.itemsize * sum(config.head) + 4 * 4 * config.prototypes)
     cast = 0 if dtype == torch.float32 else dtype.itemsize * cost.params
-    if recompute:       # all are there when forward ends; in backward one block is instead of them
+    if checkpointing:   # all are there when forward ends; in backward one block takes their place
         cast = max(cast - micro_batch * cost.block, 0)
     return {
         "weights, float32": 4 * cost.params,
@@ -176,17 +127,17 @@ def memory(cost: Cost, config: Config, micro_batch: int, recompute: bool, ranks:
         "weights cast for autocast": cast,
         "activations of the trunk": micro_batch * kept,
         "head, scores and loss": micro_batch * loss + codes,
-        "pictures, uint8 and float32": share * pixels + micro_batch * 4 * pixels,
+        "crops, uint8 and float32": share * pixels + micro_batch * 4 * pixels,
     }
 
 
-def largest_micro_batch(cost: Cost, config: Config, recompute: bool, ranks: int, limit: float,
+def largest_micro_batch(cost: Cost, config: Config, checkpointing: bool, ranks: int, limit: float,
                         dtype: torch.dtype = torch.bfloat16) -> int:
     """The largest part of a rank's share of the batch that fits into ROOM of limit; 0: none.
     Raises ValueError where the share can only be cut into much less than that."""
     share = config.batch_size // ranks
     room = next((n for n in range(share, 0, -1) if ROOM * limit >= sum(
-        memory(cost, config, n, recompute, ranks, dtype).values())), 0)
+        memory(cost, config, n, checkpointing, ranks, dtype).values())), 0)
     fitting = next((n for n in range(room, 0, -1) if share % n == 0), 0)
     if 8 * fitting < room:
         good = 2 ** int(math.log2(room))
@@ -197,56 +148,39 @@ def largest_micro_batch(cost: Cost, config: Config, recompute: bool, ranks: int,
 
 
 def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype) -> Config:
-    """A configuration with its open questions answered: micro_batch and checkpoint_activations.
+    """The configuration with micro_batch and checkpoint_activations chosen, where they are open.
 
-    Blocks are computed again only where fewer than 16 pictures would fit otherwise. limit: bytes a
-    rank has. Raises ValueError where not one picture fits.
+    Activation checkpointing is chosen only where fewer than 16 images would fit otherwise. limit:
+    bytes a rank has. Raises ValueError where not one image fits.
     """
     if config.micro_batch and config.checkpoint_activations is not None:
         return config
-    of = cost(config, dtype)
-    most = {again: largest_micro_batch(of, config, again, ranks, limit, dtype)
-            for again in (False, True)}
-    recompute = config.checkpoint_activations
-    if recompute is None:
+    counted = cost(config, dtype)
+    most = {checkpointing: largest_micro_batch(counted, config, checkpointing, ranks, limit, dtype)
+            for checkpointing in (False, True)}
+    checkpointing = config.checkpoint_activations
+    if checkpointing is None:
         wanted = config.micro_batch or min(16, config.batch_size // ranks)
-        recompute = most[False] < min(wanted, max(most[True], 1))
-    micro_batch = config.micro_batch or most[recompute]
+        checkpointing = most[False] < min(wanted, max(most[True], 1))
+    micro_batch = config.micro_batch or most[checkpointing]
     if not micro_batch:
-        need = sum(memory(of, config, 1, recompute, ranks, dtype).values())
+        need = sum(memory(counted, config, 1, checkpointing, ranks, dtype).values())
         raise ValueError(f"{config.arch} needs {need / 1e9:.0f} GB on every device for one picture "
                          f"at a time, and {ROOM:.0%} of {limit / 1e9:.0f} GB are there; a smaller "
                          "--arch fits, or --micro-batch 1 tries all the same")
-    return replace(config, micro_batch=micro_batch, checkpoint_activations=recompute)
+    return replace(config, micro_batch=micro_batch, checkpoint_activations=checkpointing)
 
 
-def memory_of(device: torch.device) -> float:
-    """Bytes this rank may plan with: a GPU's; of a CPU's machine half, shared by its ranks."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    try:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):             # Windows does not say
-        whole = 16e9
-    return whole / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def fit_ranks(config: Config, device: torch.device, dtype: torch.dtype) -> Config:
+    """fit, for the ranks that there are: the smallest memory of all counts. A collective."""
+    limit = min(gather_lists([memory_of(device)]))
+    return fit(config, rank_and_world()[1], limit, dtype)
 
 
-def peak_memory(device: torch.device) -> float:
-    """Bytes, so far: of the allocator on a GPU; of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps" or resource is None:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def traffic(cost: Cost, config: Config, micro_batch: int, recompute: bool, gpus: int) -> dict:
+def traffic(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, gpus: int) -> dict:
     """Bytes each GPU sends in a step, by purpose; collectives in rings."""
-    counts = [spec.count for spec in parse_crops(config.crops)]
-    pieces, ring = config.batch_size // gpus // micro_batch, 2 * (gpus - 1) / gpus
+    counts = [spec.count for spec in config.crops]
+    micro_batches, ring = config.batch_size // gpus // micro_batch, 2 * (gpus - 1) / gpus
     group = sync_group(config.sync_bn_group, gpus, torch.device("cuda"))
 
     def forward(norms):             # all-gather of means, deviations and a count
@@ -255,18 +189,19 @@ def traffic(cost: Cost, config: Config, micro_batch: int, recompute: bool, gpus:
     def backward(norms):            # all-reduce of two sums
         return 4 * 2 * sum(norms) * 2 * (group - 1) / group
 
-    sizes, first = len(counts), assigned_sizes(counts) * (pieces > 1)
-    synchronised = pieces * (
-        (sizes * (1 + recompute) + first) * forward(cost.norms) + sizes * backward(cost.norms)
-        + (1 + (pieces > 1)) * forward(cost.head_norms) + backward(cost.head_norms))
+    accumulating = micro_batches > 1
+    sizes, first = len(counts), assigned_sizes(counts) * accumulating
+    synchronised = micro_batches * (
+        (sizes * (1 + checkpointing) + first) * forward(cost.norms) + sizes * backward(cost.norms)
+        + (1 + accumulating) * forward(cost.head_norms) + backward(cost.head_norms))
     return {"gradients": ring * 4 * cost.params, "SyncBatchNorm": synchronised,
             "Sinkhorn": ring * 4 * ASSIGNED * config.prototypes * config.sinkhorn_iterations}
 
 
-def work(cost: Cost, recompute: bool = False, joint: bool = False) -> float:
-    """TFLOP a picture: 3 forward passes, one more of the trunk where blocks are computed again, and
-    one of the assigned crops where codes are made of several micro-batches."""
-    adds = 3 * cost.flops + recompute * cost.trunk_flops + joint * cost.assigned_flops
+def work(cost: Cost, checkpointing: bool = False, accumulating: bool = False) -> float:
+    """TFLOP an image: 3 forward passes, one more of the trunk with activation checkpointing, and
+    one of the assigned crops where the codes are of several micro-batches."""
+    adds = 3 * cost.flops + checkpointing * cost.trunk_flops + accumulating * cost.assigned_flops
     return 2 * adds / 1e12
 
 
@@ -279,41 +214,54 @@ def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memor
     if not all(0 < x < math.inf for x in (gpus, gpu_memory, tflops, utilisation)):
         raise ValueError("--gpus, --gpu-memory, --tflops and --utilisation must be above 0")
     config = with_length(config, num_images or IMAGENET)
-    dtype = PRECISIONS.get(config.precision, torch.bfloat16)
-    of = cost(config, dtype)
-    share, limit = config.batch_size // gpus, gpu_memory * 1e9
-    seen = config.steps * config.batch_size
-    shown = {}
-    for recompute in (False, True):
-        micro_batch = config.micro_batch or largest_micro_batch(of, config, recompute, gpus, limit,
-                                                                dtype)
-        parts = memory(of, config, micro_batch or 1, recompute, gpus, dtype)
-        column = {"GB, for micro-batches of": str(micro_batch or 1)}
-        column |= {name: f"{size / 1e9:.2f}" for name, size in parts.items()}
-        total = sum(parts.values()) / 1e9
-        column[f"sum, of at most {ROOM * gpu_memory:.0f}"] = f"{total:.2f}"
-        if total > ROOM * gpu_memory:
-            micro_batch = 0
-        pieces = share // micro_batch if micro_batch else 0
-        spent = work(of, recompute, pieces > 1)
-        rate = gpus * tflops * utilisation / spent
-        sent = traffic(of, config, micro_batch, recompute, gpus) if micro_batch else {}
-        column |= {
-            "batch = GPUs x micro-batches x pictures": f"{gpus} x {pieces} x {micro_batch}",
-            "TFLOP a picture, all passes": f"{spent:.3f}",
-            "pictures/s": f"{rate:,.0f}", "days": f"{seen / rate / 86400:,.1f}",
-        } if micro_batch else {"does not fit": "-"}
-        column |= {f"GB sent a step: {name}": f"{size / 1e9:.3f}" for name, size in sent.items()}
-        shown["per block" if recompute else "no checkpointing"] = column
-    names = list(dict.fromkeys(name for column in shown.values() for name in column))
-    lines = [f"{name:<42}" + "".join(f"{column.get(name, '-'):>18}" for column in shown.values())
+    counted = cost(config, PRECISIONS.get(config.precision, torch.bfloat16))
+    columns = {"checkpointing" if checkpointing else "no checkpointing":
+               column(counted, config, checkpointing, gpus, gpu_memory, tflops * utilisation)
+               for checkpointing in (False, True)}
+    names = list(dict.fromkeys(name for rows in columns.values() for name in rows))
+    lines = [f"{name:<42}" + "".join(f"{rows.get(name, '-'):>18}" for rows in columns.values())
              for name in names]
-    million = 1e6
+    million, seen = 1e6, config.steps * config.batch_size
     return "\n".join([
-        f"recipe {config.recipe}: {config.arch}, {of.params / million:,.1f} M parameters (trunk "
-        f"{of.trunk_params / million:,.1f} M), crops {config.crops}",
-        f"TFLOP a picture: {work(of):.3f}, {work(of, True):.3f} with blocks computed again",
+        f"recipe {config.recipe}: {config.arch}, {counted.params / million:,.1f} M parameters "
+        f"(trunk {counted.trunk_params / million:,.1f} M), crops {config.text('crops')}",
+        f"TFLOP a picture: {work(counted):.3f}, {work(counted, True):.3f} with activation "
+        "checkpointing",
         f"{seen:,} pictures in {config.steps:,} steps of {config.batch_size:,}, on {gpus} GPUs of "
         f"{gpu_memory:g} GB and {tflops:g} TFLOP/s, of which {utilisation:.0%} is reached "
         "(assumed)",
-        "", " " * 42 + "".join(f"{name:>18}" for name in shown), *lines])
+        "", " " * 42 + "".join(f"{name:>18}" for name in columns), *lines])
+
+
+def plan_of(given: dict, machine: dict, images=None) -> str:
+    """--plan: given options, --gpus and the like -> the plan in words. images: of --data, or None.
+    Without a recipe, an arch or data it is SEER's 256GF."""
+    if images is None and "recipe" not in given:
+        given = {"arch": Config.arch} | given
+    config = configure(given, max(1, machine["gpus"]), images)
+    return plan(config, None if images is None else len(images), **machine)
+
+
+def column(counted: Cost, config: Config, checkpointing: bool, gpus: int, gpu_memory: float,
+           tflops: float) -> dict[str, str]:
+    """A column of the plan: its rows' names and values. tflops: of one GPU, as training reaches."""
+    dtype = PRECISIONS.get(config.precision, torch.bfloat16)
+    micro_batch = config.micro_batch or largest_micro_batch(counted, config, checkpointing, gpus,
+                                                            gpu_memory * 1e9, dtype)
+    parts = memory(counted, config, micro_batch or 1, checkpointing, gpus, dtype)
+    total = sum(parts.values()) / 1e9
+    rows = {"GB, for micro-batches of": str(micro_batch or 1),
+            **{name: f"{size / 1e9:.2f}" for name, size in parts.items()},
+            f"sum, of at most {ROOM * gpu_memory:.0f}": f"{total:.2f}"}
+    if total > ROOM * gpu_memory or not micro_batch:
+        return rows | {"does not fit": "-"}
+    micro_batches = config.batch_size // gpus // micro_batch
+    spent = work(counted, checkpointing, micro_batches > 1)
+    rate = gpus * tflops / spent
+    sent = traffic(counted, config, micro_batch, checkpointing, gpus)
+    return rows | {
+        "batch = GPUs x micro-batches x pictures": f"{gpus} x {micro_batches} x {micro_batch}",
+        "TFLOP a picture, all passes": f"{spent:.3f}",
+        "pictures/s": f"{rate:,.0f}",
+        "days": f"{config.steps * config.batch_size / rate / 86400:,.1f}",
+        **{f"GB sent a step: {name}": f"{size / 1e9:.3f}" for name, size in sent.items()}}

@@ -1,134 +1,82 @@
-"""Guard: a bad step leaves no trace, a signal ends a run between two steps, a restart finds no ghosts.
+"""Rollback: a step with a loss or gradient that is not finite leaves no trace, on any rank.
 
-    with Signals() as signals:
-        for step in steps:
-            undo.remember()
-            ...                                    # forward, backward
-            stop, bad = agree([signals.seen is not None, not all(sound(...))], device)
-            if bad:
-                undo.undo()
+    rollback = Rollback(run, signals)
+    for step in steps:
+        rollback.remember()
+        loss, outputs = ...                             # forward, backward
+        verdict = rollback.vote(step, loss, outputs)    # one all-reduce
+        if verdict.finite:
+            optimizer.step()
+        else:
+            rollback.undo()                             # Stop after too many in a row
 
-All of it is the same on every rank: what one has seen, `agree` tells the others.
+Weights and momentum are as before because the optimizer's step is left out; what a forward pass
+changes, BatchNorm's running statistics, is copied before and put back.
 """
-import ctypes
-import datetime
-import os
-import signal
-import sys
-import threading
-import time
-import uuid
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-INTERRUPTED = 75            # exit status of a run that a signal has ended (sysexits: try again)
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
-GRACE = 5.0
-PR_SET_PDEATHSIG = 1        # of Linux' prctl: the signal that comes when the parent dies
+from distributed.ranks import all_reduce_max
+from training.run import Run
+from training.signals import Signals, Stop
+
+REMEDY = ("the last good checkpoint was kept: --init {0}/checkpoint.pt with another --out and a "
+          "lower --lr, or --precision fp32")
 
 
-class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 are noted in `seen`, to be looked at between steps; a second one
-    does what it would do without. Under torchrun only after GRACE seconds: a scheduler may signal
-    it and its ranks, and it passes on what it gets. If torchrun dies, that is a SIGTERM (Linux)."""
-
-    def __init__(self):
-        self.seen, self.before, self.when = None, {}, 0.0
-        self.grace = GRACE if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():       # elsewhere it is an error
-            if self.grace and sys.platform == "linux":
-                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            for name in NAMES:
-                if number := getattr(signal, name, None):
-                    self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-
-    def _note(self, number, frame) -> None:
-        if self.seen is None:
-            self.seen, self.when = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self.when >= self.grace:
-            self.__exit__()
-            os.kill(os.getpid(), number)
+class Verdict(NamedTuple):
+    """On a step, the same on all ranks."""
+    finite: bool                # the step counts
+    bad: bool                   # it does not, and float16's scaler is not the reason
+    stop: bool                  # a signal came, to this rank or to another
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """worker_init_fn of a DataLoader: a signal to the whole group must not take the workers from a
-    run that wants to finish its step."""
-    for name in NAMES:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-class Undo:
-    """The state that a forward pass changes: BatchNorm's buffers and the queue."""
-
-    def __init__(self, model: nn.Module, queue=None):
-        self.buffers, self.queue = list(model.buffers()), queue
+class Rollback:
+    def __init__(self, run: Run, signals: Signals):
+        self.run, self.signals, self.step, self.origin = run, signals, 0, 0.0
+        self.buffers = list(run.method.buffers())
         self.copies = [buffer.clone() for buffer in self.buffers]
 
     @torch.no_grad()
     def remember(self) -> None:
         for copy, buffer in zip(self.copies, self.buffers):
             copy.copy_(buffer)
-        if self.queue:                  # `push` makes new tensors
-            self.queue_before = self.queue.embeddings, self.queue.filled
+
+    def vote(self, step: int, loss: Tensor, outputs: tuple[Tensor, ...]) -> Verdict:
+        """Whether a step counts. note: a sync point and, with several ranks, a collective."""
+        run, self.step = self.run, step
+        loss_finite, outputs_finite, gradients_finite = all_finite(loss, outputs[0], run.method)
+        # a scale that is too large for float16 is no fault: the scaler lowers it
+        overflow = (loss_finite and not gradients_finite and run.scaler.is_enabled()
+                    and run.scaler.get_scale() > 1)
+        finite = loss_finite and outputs_finite and (gradients_finite or overflow)
+        # where the outputs of a rank are not finite, the others notice by the codes alone
+        origin = 0 if outputs_finite else run.world - run.rank
+        stop, bad, overflow, self.origin = all_reduce_max(
+            [self.signals.seen is not None, not finite, overflow, origin], run.device)
+        if not (bad or overflow):
+            run.pending["in_a_row"] = 0
+        run.pending["skipped"] += bool(bad)
+        run.pending["in_a_row"] += bool(bad)
+        return Verdict(not (bad or overflow), bool(bad), bool(stop))
 
     @torch.no_grad()
     def undo(self) -> None:
+        """Raises Stop after config.max_bad_steps bad steps in a row."""
+        run = self.run
         for copy, buffer in zip(self.copies, self.buffers):
             buffer.copy_(copy)
-        if self.queue:
-            self.queue.embeddings, self.queue.filled = self.queue_before
+        if run.pending["in_a_row"] >= run.config.max_bad_steps:
+            where = f" on rank {run.world - int(self.origin)}" * (self.origin > 0)
+            raise Stop(f"{run.pending['in_a_row']} steps in a row, the last of them "
+                       f"{self.step + 1}, had a loss or gradients that are not finite{where}; "
+                       f"{REMEDY.format(run.out)}")
 
 
-def sound(loss: Tensor, embeddings: Tensor, model: nn.Module) -> list[bool]:
-    """Whether a step's loss, embeddings and gradients are finite. note: a sync point."""
-    grads = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()
+def all_finite(loss: Tensor, outputs: Tensor, model: nn.Module) -> list[bool]:
+    """Whether a step's loss, outputs and gradients are finite. note: a sync point."""
+    norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()
                                              if p.grad is not None]))
-    return torch.stack([x.isfinite().all() for x in (loss, embeddings, grads)]).tolist()
-
-
-def agree(values: list[float], device) -> list[float]:
-    """The largest of each value over all ranks: a collective."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    largest = torch.tensor([float(value) for value in values], device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.tolist()
-
-
-def join(backend: str, timeout: datetime.timedelta) -> None:
-    """The process group of torchrun's ranks; one that waits longer for the others gives up.
-
-    Its store goes by a name that the processes of this start alone share, for torchrun keeps one store
-    over its restarts, and in it the addresses of ranks that have died: new ones that looked them up
-    hung, or failed, in every second restart (gloo, torch 2.14). So rank 0 makes up a name, and the
-    others believe it only beside a word of their own, which nobody could have known before.
-    """
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    words = [f"word/{other}" for other in range(world)]
-    store.set(words[rank], mine)
-    name, met = None, False
-    while not met:
-        if time.monotonic() > deadline:
-            raise ValueError(f"not all of the {world} ranks have come within {timeout}")
-        if rank == 0:
-            name = mine
-            store.set("names", b" ".join(store.multi_get(words)))
-            met = world == 1 or store.check([f"{name}/{other}" for other in range(1, world)])
-        elif mine in (names := store.get("names").decode().split()):
-            name, met = names[0], True
-            store.set(f"{name}/{rank}", "here")
-        time.sleep(0 if met else 0.05)
-    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank,
-                            world_size=world, timeout=timeout)
+    return torch.stack([x.isfinite().all() for x in (loss, outputs, norms)]).tolist()

@@ -1,30 +1,20 @@
-"""A checkpoint is whole or it is not there; complete state in, complete state out.
+"""A file is whole or it is not there: checkpoints and small text files.
 
     save("runs/demo/checkpoint.pt", state)
     state = load("runs/demo/checkpoint.pt")            # tensors, numbers, strings; never code
-    writer = Writer("runs/demo", keep=2)               # in the background, with the older ones kept
 
 A file is written aside, flushed to the disk, read back, and renamed over the old one: a crash at
-any instant leaves the old one or the new one. It is a plain torch file that loads with
-weights_only=True; being a zip archive it may end with a comment, which is the SHA-256 of the rest,
-so that a file cut short or with one bit turned is known for what it is.
-
-`run_state` is a collective: every rank calls it, since each holds its own part of the queue. The
-file holds the queue of all ranks, so a run may go on with another number of them.
+any instant leaves the old file or the new one. A checkpoint is a plain torch file that loads with
+weights_only=True. Being a zip archive it may end with a comment: here the SHA-256 of the rest, so
+that a file that was cut short, or that has one wrong bit, is recognised.
 """
 import hashlib
 import os
 import pickle
-import re
-import shutil
-import threading
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
-VERSION = 3
 _MARK = b"sha256:"
 
 
@@ -70,13 +60,19 @@ def whole(path: str | os.PathLike) -> bool:
 
 
 def digest(file, length: int) -> str:
-    """SHA-256 of the first bytes of a file."""
+    """SHA-256 of the first bytes of an open file."""
     file.seek(0)
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     while length > 0 and (block := file.read(min(length, 1 << 24))):
-        digest.update(block)
+        sha256.update(block)
         length -= len(block)
-    return digest.hexdigest()
+    return sha256.hexdigest()
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """The first 16 digits of a file's SHA-256: its name in results."""
+    with open(path, "rb") as file:
+        return digest(file, os.path.getsize(path))[:16]
 
 
 def load(path: str | os.PathLike):
@@ -93,104 +89,8 @@ def load(path: str | os.PathLike):
         raise ValueError(f"{path} is damaged, or not a checkpoint ({reason})") from None
 
 
-def newest(folder: str | os.PathLike) -> list[Path]:
-    """A run's checkpoints, the newest first: checkpoint.pt, then those kept by step."""
-    kept = {int(match[1]): path for path in Path(folder).glob("checkpoint-*.pt")
-            if (match := re.fullmatch(r"checkpoint-(\d+)\.pt", path.name))}
-    last = Path(folder, "checkpoint.pt")
-    return [last] * last.exists() + [kept[step] for step in sorted(kept, reverse=True)]
-
-
-class Writer:
-    """Saves a run in the background, from a snapshot: training waits for the copy alone.
-
-    trunk.pt, then checkpoint.pt, whose predecessor stays as checkpoint-STEP.pt: of these the last
-    `keep` - 1, and every one whose step is a multiple of `keep_every`. A save that fails leaves
-    all as it was; `error` says why, until one succeeds, and `errors` all that went wrong.
-    """
-
-    def __init__(self, folder: str | os.PathLike, keep: int = 2, keep_every: int = 0,
-                 step: int | None = None):
-        """step: that of the checkpoint.pt which is there; None where there is none, or a bad one."""
-        self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
-        self.step, self.error, self.errors, self.thread = step, "", [], None
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.wait()
-
-    def save(self, state: dict, trunk: dict) -> None:
-        self.wait()
-        snapshot = _snapshot(state), _snapshot(trunk)
-        self.thread = threading.Thread(target=self._write, args=snapshot)
-        self.thread.start()
-
-    def wait(self) -> None:
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-
-    def _write(self, state: dict, trunk: dict) -> None:
-        last = self.folder / "checkpoint.pt"
-        try:
-            save(self.folder / "trunk.pt", trunk)
-            if self.step is not None and last.exists():
-                kept = self.folder / f"checkpoint-{self.step:09d}.pt"
-                kept.unlink(missing_ok=True)
-                try:
-                    os.link(last, kept)
-                except OSError:         # not every file system has links
-                    shutil.copyfile(last, kept)
-            save(last, state)           # last: with it, the step counts
-            self.step, self.error = state["step"], ""
-            for path in newest(self.folder)[max(1, self.keep):]:
-                step = int(path.stem.partition("-")[2])
-                if not (self.keep_every and step % self.keep_every == 0):
-                    path.unlink()
-        except Exception as error:      # a thread's errors are nobody's
-            self.error = str(error) or type(error).__name__
-            self.errors.append(self.error)
-
-
-def _snapshot(tree):
-    """A copy of all tensors, on the CPU."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _snapshot(value) for key, value in tree.items()}
-    return [_snapshot(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
-
-
-def run_state(step: int, config: dict, num_images: int, model: nn.Module, optimizer, scaler,
-              queue) -> dict:
-    """All that a run needs to go on after `step` steps. queue: a swav.Queue or None."""
-    state = {"version": VERSION, "step": step, "config": config, "num_images": num_images,
-             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "scaler": scaler.state_dict()}
-    if queue is not None:
-        parts = [queue.embeddings]
-        if dist.is_initialized():
-            parts = [torch.empty_like(queue.embeddings) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, queue.embeddings)
-        # (A, L, ranks, D) -> (A, L * ranks, D): rows of one age side by side, newest first
-        embeddings = torch.stack(parts, 2).flatten(1, 2)
-        state["queue"] = {"embeddings": embeddings, "filled": queue.filled * len(parts)}
-    return state
-
-
-def load_run_state(state: dict, model: nn.Module, optimizer, scaler, queue) -> None:
-    """The way back from run_state. Raises ValueError where the network is another one."""
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"the checkpoint is of another network: {reason}") from None
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    if queue is not None:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        saved, device = state["queue"], queue.embeddings.device
-        queue.embeddings = saved["embeddings"][:, rank::world].contiguous().to(device)
-        queue.filled = saved["filled"] // world
+def write_whole(path: Path, text: str) -> None:
+    """All or nothing: a crash leaves the old file or the new one."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)

@@ -1,55 +1,121 @@
-"""bench.py: short measurements, and what cannot be measured."""
+"""python -m bench: short measurements of the product's own step and of a baseline that is the same
+method; and what cannot be measured."""
 import json
+import time
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-import bench
-import ordinary
-import scale
+import train
+from bench import parts, step
+from bench.__main__ import main
+from bench.baseline import baseline_trunk, double_loop, textbook_codes
+from bench.timing import Clock
+from data.loader import Augment, AugmentedCrops
+from larc import LARC
+from methods.build import build_method, build_trunk
+from multicrop import Photometric
+from recipes.command_line import configure
 from swav import swav_codes, swav_loss
+from tests.helpers import equal
+
+CPU = torch.device("cpu")
+SMALL = ["step", "--crops=2x48+2x36", "--micro-batch=2", "--repeats=1", "--device=cpu",
+         "--precision=fp32"]
 
 
+# ----------------------------------------------------------------------------------- the clock
+def test_a_part_is_timed_without_the_parts_inside_it():
+    clock = Clock(CPU)
+
+    def inner(seconds):
+        time.sleep(seconds)
+        return "inner"
+
+    def outer():
+        inside = clock.timed("inner", inner)
+        time.sleep(0.02)
+        return inside(0.05), inside(0.03)
+
+    start = time.perf_counter()
+    assert clock.timed("outer", outer)() == ("inner", "inner")
+    whole = (time.perf_counter() - start) * 1e3
+    assert 80 <= clock.ms["inner"] < whole - 20 and 20 <= clock.ms["outer"] < whole - 80
+    assert sum(clock.ms.values()) == pytest.approx(whole, abs=2)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_the_step_that_is_measured_is_that_of_train(micro_batch, monkeypatch):
+    """Bitwise the weights that train.step_gradients and LARC lead to; and each part is timed."""
+    config = configure({"arch": "regnety_100mf", "crops": "2x48+2x36", "head": "32-16",
+                        "prototypes": 12, "batch_size": 4, "micro_batch": micro_batch})
+    crops, methods = step.random_crops(config, CPU), []
+    monkeypatch.setattr(step, "random_crops", lambda *_: crops)
+    monkeypatch.setattr(step, "build_method",
+                        lambda *args: methods.append(build_method(*args)) or methods[0])
+    measured = step.product_step(config, CPU, torch.float32)
+    for _ in range(2):
+        clock = Clock(CPU)
+        measured(clock)
+        assert set(clock.ms) == set(step.PARTS) and min(clock.ms.values()) > 0
+
+    method = build_method(config).to(memory_format=torch.channels_last)
+    optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
+                     config.trust_coefficient)
+    run = train.Run(method, method, CPU, torch.float32, torch.amp.GradScaler("cpu", enabled=False))
+    augment = Augment(Photometric(), torch.channels_last)
+    augmented = AugmentedCrops(crops, step.random_params(config), augment)
+    for _ in range(2):
+        optimizer.zero_grad()
+        train.step_gradients(run, 0, [augmented] * (4 // micro_batch))
+        optimizer.step()
+        method.after_step(0)
+    assert equal(method.state_dict(), methods[0].state_dict())
+
+
+# ----------------------------------------------------------------------------- the measurements
 @pytest.mark.parametrize("arch, options", [
     ("regnety_100mf", ["--checkpoint-activations"]), ("resnet50", [])])
 def test_a_step_is_measured(arch, options, tmp_path, capsys):
     out = tmp_path / "new" / "bench.json"
     times = 2 if options else 1
     for _ in range(times):
-        bench.main(["step", f"--arch={arch}", "--crops=2x48+2x36", "--micro-batch=2", "--repeats=1",
-                    "--device=cpu", "--precision=fp32", f"--out={out}", *options])
+        main([*SMALL, f"--arch={arch}", f"--out={out}", *options])
     results = json.loads(out.read_text())
     assert len(results) == times
     for result in results:
         assert result["what"] == "step" and result["arch"] == arch and result["torch"]
+        assert result["crops"] == "2x48+2x36" and result["augmentation, ms"]["ours"] > 0
         assert result["checkpoint_activations"] == bool(options)
-        for way in ("ours", "ordinary"):
-            parts = [result[f"{part}, ms"][way]
+        for side in ("ours", "baseline"):
+            parts = [result[f"{part}, ms"][side]
                      for part in ("forward", "Sinkhorn", "backward", "optimizer")]
-            assert min(parts) > 0 and result["step, ms"][way] == pytest.approx(sum(parts))
-            assert result["images/s"][way] == pytest.approx(2e3 / sum(parts))
-    assert "ordinary" in capsys.readouterr().out
+            assert min(parts) > 0 and result["step, ms"][side] == pytest.approx(sum(parts))
+            assert result["images/s"][side] == pytest.approx(2e3 / sum(parts))
+    assert "baseline" in capsys.readouterr().out
 
 
 def test_trunks_are_measured(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    bench.main(["trunk", "--arch=regnety_800mf", "--crops=1x64", "--micro-batch=2", "--repeats=1",
-                "--device=cpu", "--precision=bf16", f"--out={out}"])
+    main(["trunk", "--arch=regnety_800mf", "--crops=1x64", "--micro-batch=2", "--repeats=1",
+          "--device=cpu", "--precision=bf16", f"--out={out}"])
     result, = json.loads(out.read_text())
     for row in ("forward, ms", "step, ms"):
         ms = result[row]
         assert ms["ratio"] == ms["torchvision"] / ms["channels-last"] and ms["NCHW"] > 0
-    assert result["layout"] == "channels-last" and "regnety_800mf, 2 pictures of 64" in capsys.readouterr().out
+    assert result["layout"] == "channels-last"
+    assert "regnety_800mf, 2 images of 64" in capsys.readouterr().out
 
 
 def test_the_optimizer_and_sinkhorn_are_measured(tmp_path, capsys, monkeypatch):
     out = tmp_path / "bench.json"
-    bench.main(["optimizer", "--arch=regnety_200mf", "--repeats=1", "--device=cpu", f"--out={out}"])
-    monkeypatch.setattr(bench, "PROBLEMS", ((64, 300, 3), (32, 100, 10)))
-    bench.main(["sinkhorn", "--repeats=1", f"--out={out}"])
+    main(["optimizer", "--arch=regnety_200mf", "--repeats=1", "--device=cpu", f"--out={out}"])
+    monkeypatch.setattr(parts, "PROBLEMS", ((64, 300, 3), (32, 100, 10)))
+    main(["sinkhorn", "--repeats=1", f"--out={out}"])
     optimizer, sinkhorn = json.loads(out.read_text())
-    assert optimizer["parameters"] > 2e6 and optimizer["ratio"] == optimizer["ordinary"] / optimizer["ours"]
+    assert optimizer["parameters"] > 2e6
+    assert optimizer["ratio"] == optimizer["baseline"] / optimizer["ours"]
     assert optimizer["of floor"] * optimizer["floor"] == pytest.approx(optimizer["ours"])
     assert (sinkhorn["collectives"], sinkhorn["one call per crop"]) == (10, 20)
     assert [(row["B"], row["K"]) for row in sinkhorn["rows"]] == [(64, 300), (32, 100)]
@@ -60,10 +126,10 @@ def test_the_optimizer_and_sinkhorn_are_measured(tmp_path, capsys, monkeypatch):
 def test_growth_features_and_compile_are_measured(tmp_path, capsys):
     """Minutes: the sizes are the published ones."""
     out = tmp_path / "bench.json"
-    bench.main(["growth", "--repeats=1", f"--out={out}"])
-    bench.main(["features", "--arch=regnety_100mf", "--repeats=1", f"--out={out}"])
-    bench.main(["compile", "--arch=regnety_100mf", "--crops=2x48+2x36", "--micro-batch=4", "--repeats=1",
-                f"--out={out}"])
+    main(["growth", "--repeats=1", f"--out={out}"])
+    main(["features", "--arch=regnety_100mf", "--repeats=1", f"--out={out}"])
+    main(["compile", "--arch=regnety_100mf", "--crops=2x48+2x36", "--micro-batch=4",
+          "--repeats=1", f"--out={out}"])
     growth, features, compiled = json.loads(out.read_text())
     exponents = [table["exponent"] for table in growth["tables"].values()]
     assert len(exponents) == 5 and exponents[0] > 0.5 > exponents[-1]       # the batch; the set
@@ -72,25 +138,41 @@ def test_growth_features_and_compile_are_measured(tmp_path, capsys):
     assert compiled["ratio"] == compiled["step, ms"]["eager"] / compiled["step, ms"]["compiled"]
 
 
-def test_the_ordinary_way_is_the_same_method():
+@pytest.mark.long
+def test_the_input_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    out = tmp_path / "bench.json"
+    main(["input", "--crops=2x64+2x32", "--repeats=1", f"--out={out}"])
+    result, = json.loads(out.read_text())
+    for size in ("500x375", "4000x3000"):
+        ms = result[size]
+        assert ms["c / b"] == ms["(c) baseline"] / ms["(b) worker"]
+        assert ms["(d) worker, augmentation"] > 0 < ms["(a') at the chosen scale"]
+    assert result["loader"] > 0
+
+
+# --------------------------------------------------------------------------------- the baseline
+def test_the_baseline_is_the_same_method():
     """Its codes and loss are those of swav.py; so are its steps those of larc.py (test_larc.py)."""
     scores = F.normalize(torch.randn(5 * 6, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    theirs = ordinary.textbook_codes(scores.unflatten(0, (5, 6)), 0.05, 3)
+    theirs = textbook_codes(scores.unflatten(0, (5, 6)), 0.05, 3)
     ours = swav_codes(scores, num_crops=5)
     torch.testing.assert_close(torch.stack(theirs), ours, rtol=1e-4, atol=1e-6)
     for temperature in (0.1, 0.5):
-        loss = ordinary.double_loop(scores.unflatten(0, (5, 6)), theirs, temperature)
-        torch.testing.assert_close(loss, swav_loss(scores, ours, num_crops=5, temperature=temperature))
+        loss = double_loop(scores.unflatten(0, (5, 6)), theirs, temperature)
+        expected = swav_loss(scores, ours, num_crops=5, temperature=temperature)
+        torch.testing.assert_close(loss, expected)
 
 
-def test_the_ordinary_way_is_the_same_network():
+def test_the_baseline_is_the_same_network():
     for arch in ("regnety_400mf", "regnetx_200mf", "resnet50"):
-        ours, theirs = scale.build_trunk(arch), bench.ordinary_trunk(arch)
+        ours, theirs = build_trunk(arch), baseline_trunk(arch)
         theirs.fc = torch.nn.Identity()
         assert {n: p.shape for n, p in ours.named_parameters()} == {
             n: p.shape for n, p in theirs.named_parameters()}
 
 
+# ---------------------------------------------------------------------- what cannot be measured
 @pytest.mark.parametrize("argv, expected", [
     (["step", "--arch=regnety_33gf"], "unknown arch 'regnety_33gf'"),
     (["start", "--arch=regnety_33gf"], "did not reach its first step"),
@@ -100,20 +182,19 @@ def test_the_ordinary_way_is_the_same_network():
     (["step", "--device=tpu9"], "--device tpu9 cannot be used here")])
 def test_what_cannot_be_measured_is_refused(argv, expected, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        bench.main([word.format(folder=tmp_path) for word in argv])
+        main([word.format(folder=tmp_path) for word in argv])
     assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
 def test_a_step_without_room_is_one_sentence(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
-    small = ["step", "--arch=regnety_100mf", "--crops=2x48+2x36", "--micro-batch=2", "--repeats=1",
-             "--device=cpu", f"--out={tmp_path / 'bench.json'}"]
-    monkeypatch.setattr(bench, "ordinary_step", full)
-    bench.main(small)
+    small = [*SMALL, "--arch=regnety_100mf", f"--out={tmp_path / 'bench.json'}"]
+    monkeypatch.setattr(step, "baseline_step", full)
+    main(small)
     result, = json.loads((tmp_path / "bench.json").read_text())
-    assert "ordinary" not in result["step, ms"] and result["step, ms"]["ours"] > 0
-    monkeypatch.setattr(bench, "our_step", full)
+    assert "baseline" not in result["step, ms"] and result["step, ms"]["ours"] > 0
+    monkeypatch.setattr(step, "product_step", full)
     with pytest.raises(SystemExit):
-        bench.main(small)
+        main(small)
     assert "no room for this step: try a smaller --micro-batch" in capsys.readouterr().err

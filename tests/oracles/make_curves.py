@@ -1,8 +1,8 @@
-"""Write demo_curves.json, the reference of test_curves.py and test_report.py, from runs' folders.
+"""Write demo_curves.json, the reference of tests/training/test_reference_runs.py, from runs' folders.
 
     for seed in 0 1 2; do python train.py --seed $seed --out curves/seed$seed; done
     python train.py --steps 150 --strength 1 --out "curves/stuck strength"              # and so on
-    python tests/data/make_curves.py curves/
+    python -m tests.oracles.make_curves curves/
 """
 import json
 import sys

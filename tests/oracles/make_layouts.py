@@ -1,6 +1,6 @@
 """Write layouts.json: names, shapes and features of timm's and transformers' RegNets.
 
-    pip install timm transformers && python tests/data/make_layouts.py
+    pip install timm transformers && python -m tests.oracles.make_layouts
 
 The weights are not stored: `fill` makes them again from the names and shapes.
 """
@@ -38,15 +38,16 @@ def main() -> None:
     import timm
     import transformers
     networks = {f"timm {timm.__version__}: {name}, {arch}": timm.create_model(name, num_classes=0)
-                for name, arch in (("regnety_004", "regnety_400mf"), ("regnetx_016", "regnetx_1.6gf"),
+                for name, arch in (("regnety_004", "regnety_400mf"),
+                                   ("regnetx_016", "regnetx_1.6gf"),
                                    ("regnety_008_tv", "regnety_800mf"))}
     for kind, name, widths, depths, groups in (
             ("y", "regnety_400mf", [48, 104, 208, 440], [1, 3, 6, 6], 8),
             ("x", "regnetx_200mf", [24, 56, 152, 368], [1, 1, 4, 7], 8)):
         config = transformers.RegNetConfig(embedding_size=32, hidden_sizes=widths, depths=depths,
                                            groups_width=groups, layer_type=kind)
-        networks[f"transformers {transformers.__version__}: {kind}, {name}"] = transformers.RegNetModel(
-            config)
+        made_by = f"transformers {transformers.__version__}: {kind}, {name}"
+        networks[made_by] = transformers.RegNetModel(config)
     entries = []
     for name, network in networks.items():
         shapes = [(key, list(value.shape)) for key, value in network.state_dict().items()]

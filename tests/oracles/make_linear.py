@@ -1,6 +1,6 @@
 """Write linear.json: logistic regressions as scikit-learn solves them, and the whole linear probe.
 
-    pip install scikit-learn torch && python tests/data/make_linear.py
+    pip install scikit-learn torch && python -m tests.oracles.make_linear
 """
 import json
 from pathlib import Path
@@ -15,15 +15,18 @@ N, QUERIES, CLASSES, DECAYS = 150, 60, 4, (1.0, 0.1, 0.01, 0.001, 0.0001)
 rng = numpy.random.default_rng(0)
 centres = rng.normal(0, 1, (CLASSES, 5))
 labels = rng.integers(0, CLASSES, N + QUERIES)
-points = (centres[labels] + rng.normal(0, 1, (N + QUERIES, 5))) * [1, 10, 0.1, 3, 1] + [0, 5, 0, 0, 9]
+points = centres[labels] + rng.normal(0, 1, (N + QUERIES, 5))
+points = points * [1, 10, 0.1, 3, 1] + [0, 5, 0, 0, 9]
 points = numpy.concatenate([points, numpy.full((len(points), 1), 2.5)], 1).round(6)   # one constant
 x, queries = points[:N], points[N:]
 y, truth = labels[:N], labels[N:]
 
 
 def solve(x, y, decay):
-    # scikit-learn minimises C * sum of losses + |W|^2 / 2, evaluate.py their mean + decay / 2 * |W|^2
-    return LogisticRegression(C=1 / (len(x) * decay), solver="newton-cg", tol=1e-12, max_iter=10000).fit(x, y)
+    # scikit-learn minimises C * sum of losses + |W|^2 / 2,
+    # evaluation/linear.py the mean of the losses + decay / 2 * |W|^2
+    return LogisticRegression(C=1 / (len(x) * decay), solver="newton-cg", tol=1e-12,
+                              max_iter=10000).fit(x, y)
 
 
 spread = x.std(0, ddof=1)

@@ -1,0 +1,1 @@
+"""The batch on the hardware there is: devices, ranks, wrappers."""

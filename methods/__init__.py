@@ -1,0 +1,1 @@
+"""Networks and methods, built by name."""

@@ -1,0 +1,1 @@
+"""Every public checkpoint, in and out."""
