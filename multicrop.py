@@ -15,8 +15,8 @@ parameters are the same on any machine, in any process.
 Differs from the reference (facebookresearch/swav: torchvision transforms on PIL images):
 - crops are resized by torch's antialiased bilinear filter, which is PIL's but for its rounding (at
   most 3/255), and several times as fast;
-- a JPEG that is large enough for all of its crops is decoded at a half, a quarter or an eighth of its
-  size: edges of boxes move by up to half a pixel of the smaller image, and crops of 12-megapixel
+- a JPEG that is large enough for all of its crops is decoded at a half, a quarter or an eighth of
+  its size: boxes move by up to half a pixel of the smaller image, and crops of 12-megapixel
   images differ by 1.8/255 on average (those of `python -m bench input`);
 - augmentation is float32 in [0, 1]; PIL rounds to 8 bits after each operation;
 - grayscale is float32 with the same weights; hue turns by the exact angle, not in 1/255 steps;

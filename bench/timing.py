@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from distributed.hardware import layout
+from distributed.hardware import layout, pick_precision
 from weights.atomic import write_whole
 
 
@@ -88,8 +88,10 @@ def fastest(function: Callable, device: torch.device) -> float:
 
 
 def bf16_peak(device: torch.device) -> float:
-    """TFLOP/s of a large product of bf16 matrices."""
-    n = 8192 if device.type == "cuda" else 2048
+    """TFLOP/s of a large product of bf16 matrices; of a small one, where the device has no
+    instructions for bf16 and a large one would take a minute."""
+    native = pick_precision("auto", device) == torch.bfloat16
+    n = 8192 if device.type == "cuda" else 2048 if native else 512
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * n ** 3 / fastest(lambda: a @ b, device) / 1e12
 

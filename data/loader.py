@@ -7,8 +7,8 @@
                 ...
 
 The workers decode and cut; colours, blur and normalisation are computed for whole batches on the
-device. On a CPU, where a step has one micro-batch, they are left to the workers too: these have time
-to spare, the computing threads have none.
+device. On a CPU, where a step has one micro-batch, they are left to the workers too: these have
+time to spare, the computing threads have none.
 
 Shapes: B images of a micro-batch, N crops of one size, s pixels, P parameters of an augmentation.
 """

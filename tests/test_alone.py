@@ -1,16 +1,14 @@
 """Each file of the method works copied alone into an empty folder; its docstring's usage runs."""
 import os
-import re
 import shutil
 import subprocess
 import sys
 from itertools import dropwhile, takewhile
-from pathlib import Path
 
 import pytest
-from test_images import write_pictures
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT, write_pictures
+
 IMPORTS = """
 import torch
 from torch.nn import functional as F
@@ -46,20 +44,3 @@ def test_a_file_of_the_method_works_alone(name, needs, tmp_path):
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment,
                             capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-
-
-def test_the_floors_of_the_house():
-    """The method and the workshop's leaves import no program; evaluate does not import train."""
-    def imported(name):
-        text = (ROOT / f"{name}.py").read_text()
-        return set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
-
-    method = {"regnet", "sinkhorn", "swav", "multicrop", "larc"}
-    leaves = {"images", "demo", "checkpoint", "guard", "weights"}         # recipes.py, above them, needs the method
-    programs = {"train", "evaluate", "bench"}
-    for name in method:
-        assert imported(name) & (method | leaves | programs) == ({"sinkhorn"} if name == "swav" else set())
-        assert "argparse" not in imported(name) and "os" not in imported(name)
-    for name in leaves:
-        assert imported(name) & (method | programs) == set()
-    assert "train" not in imported("evaluate")

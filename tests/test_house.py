@@ -1,65 +1,81 @@
-"""Each file of the method works copied alone into an empty folder; its docstring's usage runs."""
-import os
-import re
-import shutil
-import subprocess
-import sys
-from itertools import dropwhile, takewhile
+"""The layout: what lies at the top, which way imports go, how long files and functions are."""
+import ast
 from pathlib import Path
 
 import pytest
-from test_images import write_pictures
 
-ROOT = Path(__file__).parents[1]
-IMPORTS = """
-import torch
-from torch.nn import functional as F
-from {name} import *
-"""
-SETUP = {
-    "swav": "from torch import nn\n"
-            "class Trunk(nn.Module):\n"
-            "    num_features = 3\n"
-            "    def forward(self, x): return x.mean((2, 3))\n"
-            "trunk, large, small = Trunk(), torch.randn(4, 3, 8, 8), torch.randn(12, 3, 4, 4)\n",
-    "larc": "model = torch.nn.Linear(3, 2)\nloss = model(torch.ones(1, 3)).sum()\n",
+from tests.helpers import ROOT
+
+METHOD = ["regnet", "sinkhorn", "swav", "multicrop", "larc"]
+# an arrow runs from what is used to its users: a room imports itself and what it may use, no other
+ARROWS = {
+    **{name: {"sinkhorn"} if name == "swav" else set() for name in METHOD},
+    "data": {*METHOD}, "figures": {*METHOD}, "weights": {*METHOD}, "distributed": {*METHOD},
 }
+ARROWS["methods"] = {*ARROWS}
+ARROWS["recipes"] = ARROWS["evaluation"] = {*ARROWS}
+ARROWS["training"] = {*ARROWS}
+ARROWS["train"] = {*ARROWS} - {"train"}
+ARROWS["evaluate"] = {*ARROWS} - {"training", "train"}
+ARROWS["bench"] = {*ARROWS} - {"evaluate"}
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py")
+               if not {".venv", "runs", "sets", "tests"} & set(path.relative_to(ROOT).parts))
+# training reaches evaluation for the probe and the closing table alone; all in all for these names
+EVALUATION_IN_TRAINING = {"evaluation.probe", "evaluation.summary"}
 
 
-def usage(name):
-    """The first indented lines of a module's docstring: its usage."""
-    lines = (ROOT / f"{name}.py").read_text().split('"""')[1].splitlines()
-    indented = dropwhile(lambda line: not line.startswith("    "), lines)
-    return "\n".join(line[4:] for line in takewhile(lambda line: line.startswith("    "), indented))
+def imported(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, at the top or anywhere inside."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-@pytest.mark.parametrize("name, needs", [
-    ("regnet", []), ("sinkhorn", []), ("swav", ["sinkhorn"]), ("multicrop", []), ("larc", [])])
-def test_a_file_of_the_method_works_alone(name, needs, tmp_path):
-    for needed in [name, *needs]:
-        shutil.copy(ROOT / f"{needed}.py", tmp_path)
-    write_pictures(tmp_path, 1, ".jpg", (300, 200))
-    (tmp_path / "0000.jpg").rename(tmp_path / "picture.jpg")
-    assert usage(name)
-    script = IMPORTS.format(name=name) + SETUP.get(name, "") + usage(name)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment,
-                            capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+def test_the_top_holds_the_method_and_two_programs():
+    assert {path.stem for path in ROOT.glob("*.py")} == {*METHOD, "train", "evaluate"}
+    rooms = {path.parts[0] for path in FILES if len(path.parts) > 1}
+    assert rooms == {*ARROWS} - {*METHOD, "train", "evaluate"}
 
 
-def test_the_floors_of_the_house():
-    """The method and the workshop's leaves import no program; evaluate does not import train."""
-    def imported(name):
-        text = (ROOT / f"{name}.py").read_text()
-        return set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_follow_the_arrows(path):
+    room = path.parts[0].removesuffix(".py")
+    used = {name.partition(".")[0] for name in imported(path)} & {*ARROWS}
+    assert used - {room} <= ARROWS[room]
+    if room in ("training", "train"):
+        reached = {name for name in imported(path) if name.startswith("evaluation.")}
+        assert {".".join(name.split(".")[:2]) for name in reached} <= EVALUATION_IN_TRAINING
+    if room in METHOD:
+        assert not imported(path) & {"argparse", "os"}
 
-    method = {"regnet", "sinkhorn", "swav", "multicrop", "larc"}
-    leaves = {"images", "demo", "checkpoint", "guard", "weights"}         # recipes.py, above them, needs the method
-    programs = {"train", "evaluate", "bench"}
-    for name in method:
-        assert imported(name) & (method | leaves | programs) == ({"sinkhorn"} if name == "swav" else set())
-        assert "argparse" not in imported(name) and "os" not in imported(name)
-    for name in leaves:
-        assert imported(name) & (method | programs) == set()
-    assert "train" not in imported("evaluate")
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_fits_on_a_few_screens_and_a_function_on_one(path):
+    text = (ROOT / path).read_text()
+    assert len(text.splitlines()) <= (260 if str(path) == "train.py" else 400)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, f"{node.name} has {length} lines"
+    if path.name == "__init__.py":
+        assert len(ast.parse(text).body) == 1, "a docstring, and nothing that is run"
+    else:
+        assert ast.get_docstring(ast.parse(text)), "a file opens with its contract"
+
+
+def test_the_loop_fits_on_one_screen():
+    functions = {node.name: node for node in ast.parse((ROOT / "train.py").read_text()).body
+                 if isinstance(node, ast.FunctionDef)}
+    lines = [functions[name].end_lineno - functions[name].lineno + 1
+             for name in ("step_gradients", "train")]
+    assert sum(lines) <= 80
+
+
+def test_the_benchmark_calls_the_products_own_step():
+    assert "train.step_gradients" in imported(Path("bench/step.py"))

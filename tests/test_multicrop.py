@@ -1,4 +1,4 @@
-"""multicrop.py against torchvision: boxes, crops, each distortion, and their distributions."""
+"""multicrop.py against torchvision: boxes, crops, each augmentation, and their distributions."""
 import io
 import random
 import re
@@ -12,7 +12,7 @@ from torchvision.transforms import functional as TF1
 from torchvision.transforms.v2 import functional as TF
 
 import multicrop
-from multicrop import PARAMS, CropSpec, MultiCrop, Photometric, decode, parse_crops, random_box
+from multicrop import PARAMS, BadImage, CropSpec, MultiCrop, Photometric, decode, parse_crops
 
 
 def picture(width=90, height=60, mode="RGB", seed=0):
@@ -43,8 +43,8 @@ def test_what_does_not_parse_is_named(text):
 
 # ------------------------------------------------------------------------------------- decoding
 @pytest.mark.parametrize("mode, format", [
-    ("L", "PNG"), ("L", "JPEG"), ("RGB", "PNG"), ("RGB", "BMP"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"),
-    ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("RGB", "WEBP")])
+    ("L", "PNG"), ("L", "JPEG"), ("RGB", "PNG"), ("RGB", "BMP"), ("P", "PNG"), ("P", "GIF"),
+    ("1", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("RGB", "WEBP")])
 def test_modes_without_transparency_look_as_pil_shows_them(mode, format):
     image = picture(mode=mode)
     options = dict(lossless=True) if format == "WEBP" else {}
@@ -73,8 +73,8 @@ def test_sixteen_bits_are_scaled_not_clipped(format):
     numpy.testing.assert_array_equal(got, (ramp / 257).round())
 
 
-@pytest.mark.parametrize("values, mode", [(numpy.linspace(0, 1, 64), "F"), (numpy.arange(64) * 4.0, "F"),
-                                          (numpy.arange(64) * 4, "I")])
+@pytest.mark.parametrize("values, mode", [
+    (numpy.linspace(0, 1, 64), "F"), (numpy.arange(64) * 4.0, "F"), (numpy.arange(64) * 4, "I")])
 def test_other_single_channels_keep_their_range(values, mode):
     image = Image.fromarray(values.reshape(8, 8).astype({"F": "float32", "I": "int32"}[mode]))
     got = numpy.asarray(decode(encoded(image, "TIFF")))[..., 0]
@@ -82,8 +82,9 @@ def test_other_single_channels_keep_their_range(values, mode):
     numpy.testing.assert_allclose(got, expected.reshape(8, 8), atol=0.51)
 
 
-@pytest.mark.parametrize("format, options", [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True}),
-                                             ("JPEG", {"quality": 100, "subsampling": 0})])
+@pytest.mark.parametrize("format, options", [
+    ("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True}),
+    ("JPEG", {"quality": 100, "subsampling": 0})])
 def test_all_exif_orientations_are_turned_upright(format, options):
     """Decoded, and before boxes are drawn: the crops are those of the upright picture."""
     upright, crop = picture(48, 24), MultiCrop(parse_crops("2x16@0.3-1+2x12@0.1-0.3"))
@@ -95,16 +96,19 @@ def test_all_exif_orientations_are_turned_upright(format, options):
         exif[0x0112] = orientation
         stored = upright.transpose(back[orientation]) if orientation in back else upright
         data = encoded(stored, format, exif=exif, **options)
-        got = numpy.asarray(decode(data), int)
-        assert got.shape == (24, 48, 3) and abs(got - numpy.asarray(upright, int)).max() <= 6 * (format == "JPEG")
+        got, limit = numpy.asarray(decode(data), int), 6 * (format == "JPEG")
+        assert got.shape == (24, 48, 3)
+        assert abs(got - numpy.asarray(upright, int)).max() <= limit
         for ours, plain in zip(crop(data, seed=4)[0], expected):
-            assert (ours.int() - plain.int()).abs().max() <= 6 * (format == "JPEG"), orientation
+            assert (ours.int() - plain.int()).abs().max() <= limit, orientation
 
 
 def test_broken_pictures_raise():
-    for data in (b"", b"no picture", encoded(picture(), "JPEG")[:300]):
-        with pytest.raises(Exception):
+    for data, cause in ((b"", "empty"), (b"no picture", "no picture"),
+                        (encoded(picture(), "JPEG")[:300], "truncated")):
+        with pytest.raises(BadImage, match=f"^{cause}: ") as error:
             decode(data)
+        assert error.value.cause == cause
 
 
 # ---------------------------------------------------------------------------------------- crops
@@ -134,7 +138,8 @@ def distance(a, b):
     """Kolmogorov-Smirnov distance of two samples, relative to its 0.1 % critical value."""
     a, b = numpy.sort(a), numpy.sort(b)
     at = numpy.concatenate([a, b])
-    gap = abs(numpy.searchsorted(a, at, "right") / len(a) - numpy.searchsorted(b, at, "right") / len(b))
+    below_a, below_b = (numpy.searchsorted(x, at, "right") / len(x) for x in (a, b))
+    gap = abs(below_a - below_b)
     return gap.max() / (1.95 * ((len(a) + len(b)) / (len(a) * len(b))) ** 0.5)
 
 
@@ -144,9 +149,10 @@ def test_boxes_are_distributed_as_torchvisions(width, height, scale):
     n, rng = 4000, random.Random(1)
     torch.manual_seed(1)
     image = Image.new("L", (width, height))
-    theirs = [transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)]
+    theirs = [transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
+              for _ in range(n)]
     theirs = numpy.array([(left, top, left + w, top + h) for top, left, h, w in theirs], float)
-    ours = numpy.array([random_box(width, height, scale, rng) for _ in range(n)], float)
+    ours = numpy.array([multicrop.random_box(width, height, scale, rng) for _ in range(n)], float)
     assert (ours[:, :2] >= 0).all() and (ours[:, 2] <= width).all() and (ours[:, 3] <= height).all()
     for measure in (lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2], lambda b: b[:, 3],
                     lambda b: (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]),
@@ -156,8 +162,9 @@ def test_boxes_are_distributed_as_torchvisions(width, height, scale):
 
 def test_a_shifted_box_distribution_would_be_noticed():
     rng = random.Random(1)
-    ours, shifted = (numpy.array([random_box(500, 375, s, rng) for _ in range(4000)], float)[:, 0]
-                     for s in ((0.14, 1.0), (0.2, 1.0)))
+    ours, shifted = (numpy.array([multicrop.random_box(500, 375, scale, rng)[0]
+                                  for _ in range(4000)], float)
+                     for scale in ((0.14, 1.0), (0.2, 1.0)))
     assert distance(ours, shifted) > 1
 
 
@@ -187,7 +194,7 @@ def test_colours_are_distributed_as_torchvisions(strength):
     assert distance(sigmas, numpy.random.default_rng(0).uniform(0.1, 2, n)) < 1
 
 
-# ----------------------------------------------------------------------------------- distortion
+# --------------------------------------------------------------------------------- augmentation
 NEUTRAL = dict(flip=0.0, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, gray=0.0, sigma=0.0,
                brightness_turn=0.0, contrast_turn=1.0, saturation_turn=2.0, hue_turn=3.0)
 
@@ -197,7 +204,8 @@ def reference(crop, p):
     x = crop.float() / 255
     if p["flip"]:
         x = TF.horizontal_flip(x)
-    for name in sorted(("brightness", "contrast", "saturation", "hue"), key=lambda n: p[f"{n}_turn"]):
+    jitter = "brightness", "contrast", "saturation", "hue"
+    for name in sorted(jitter, key=lambda name: p[f"{name}_turn"]):
         x = getattr(TF, f"adjust_{name}")(x, p[name])
     if p["gray"]:
         x = TF.rgb_to_grayscale(x, 3)
@@ -215,8 +223,8 @@ def check(crops, settings):
 
 @pytest.mark.parametrize("name, values", [
     ("flip", [0, 1]), ("brightness", [0, 0.2, 1, 1.8]), ("contrast", [0, 0.2, 1, 1.8]),
-    ("saturation", [0, 0.2, 1, 1.8]), ("hue", [-0.5, -0.2, -0.01, 0.01, 0.2, 0.5]), ("gray", [0, 1]),
-    ("sigma", [0, 0.1, 0.25, 0.5, 1, 2])])
+    ("saturation", [0, 0.2, 1, 1.8]), ("hue", [-0.5, -0.2, -0.01, 0.01, 0.2, 0.5]),
+    ("gray", [0, 1]), ("sigma", [0, 0.1, 0.25, 0.5, 1, 2])])
 @pytest.mark.parametrize("kind", ["noise", "flat", "edges"])
 def test_each_operation_equals_torchvisions(name, values, kind):
     torch.manual_seed(0)
@@ -245,16 +253,28 @@ def test_normalisation_and_types():
 
 def test_the_table_of_differences_to_pils_blur_is_as_measured():
     rows = {label: list(map(float, numbers.split())) for label, numbers in re.findall(
-        r"^ +(sigma|mean absolute difference|largest difference) +([\d. ]+)$", multicrop.__doc__, re.M)}
+        r"^ +(sigma|mean absolute difference|largest difference) +([\d. ]+)$",
+        multicrop.__doc__, re.M)}
     noise = numpy.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=numpy.uint8)
     x = torch.from_numpy(noise).permute(2, 0, 1)[None].float()
     inside = slice(6, -6)
     for i, sigma in enumerate(rows["sigma"]):
         blurred = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(sigma))
         theirs = torch.from_numpy(numpy.array(blurred)).permute(2, 0, 1).float()
-        gap = (multicrop._blur(x.clone(), torch.tensor([sigma]))[0] - theirs).abs()[:, inside, inside]
+        ours = multicrop._blur(x.clone(), torch.tensor([sigma]))[0]
+        gap = (ours - theirs).abs()[:, inside, inside]
         assert rows["mean absolute difference"][i] == pytest.approx(gap.mean().item(), abs=0.06)
         assert rows["largest difference"][i] == pytest.approx(gap.max().item(), abs=0.06)
+
+
+def test_normalised_is_augmented_less_mean_over_std():
+    crop, rng = MultiCrop([]), random.Random(1)
+    params = torch.tensor([crop.draw(rng) for _ in range(8)])
+    crops = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    before, mean, std = crops.clone(), (0.1, 0.2, 0.3), (0.5, 1.0, 2.0)
+    expected = TF.normalize(multicrop.augment(crops, params), mean, std)
+    torch.testing.assert_close(Photometric(mean, std)(crops, params), expected, rtol=0, atol=1e-6)
+    assert torch.equal(crops, before)           # what is augmented again must be as it was
 
 
 @pytest.mark.cuda

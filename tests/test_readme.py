@@ -1,4 +1,6 @@
-"""The README's commands and snippets run as written, shortened by --steps."""
+"""The README's and the docs' commands and snippets run as written, shortened by --steps.
+
+The README's are in the quick suite; those of docs/ are long."""
 import os
 import re
 import shlex
@@ -6,24 +8,39 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from test_images import write_pictures
 
-from images import open_images
-from shards import pack
+from data.images import open_images
+from data.shards import pack
+from tests.helpers import ROOT, environment, write_pictures
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.M | re.S)
-COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()
-            if line.strip() and "pip install" not in line]
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 SHORT = {  # what a command is given so that it ends in seconds: less of the same
     "regnety_256gf": ["--arch=regnety_200mf", "--batch-size=4", "--crops=2x48+2x32", "--head=16-8",
                       "--prototypes=8", "--device=cpu"],
     "regnety_400mf": ["--batch-size=4", "--device=cpu"],
 }
+
+
+def blocks(page, kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```", TEXTS[page], re.M | re.S)
+
+
+def marked(page, items):
+    """Test cases; of the docs marked long."""
+    return [pytest.param(item, marks=[] if page == "README.md" else pytest.mark.long)
+            for item in items]
+
+
+COMMANDS, SEEN = [], set()
+for page in PAGES:
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
+    new = [line for line in dict.fromkeys(lines) if line not in SEEN and "pip install" not in line]
+    COMMANDS += marked(page, new)
+    SEEN |= set(new)
+SNIPPETS = [case for page in PAGES for case in marked(page, blocks(page, "python"))]
 
 
 @pytest.fixture(scope="module")
@@ -32,54 +49,62 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
-    demo = (folder / "demo.py").read_text()                     # fewer pictures, the same in all else
+    for room in ROOT.glob("*/__init__.py"):
+        if room.parent.name != "tests":
+            shutil.copytree(room.parent, folder / room.parent.name,
+                            ignore=shutil.ignore_patterns("__pycache__"))
+    demo = (folder / "data" / "demo.py").read_text()            # fewer images, the same in all else
     assert demo.count('SPLITS = {"train": 4096, "val": 1024}') == 1
-    (folder / "demo.py").write_text(demo.replace('"train": 4096, "val": 1024', '"train": 240, "val": 96'))
+    (folder / "data" / "demo.py").write_text(
+        demo.replace('"train": 4096, "val": 1024', '"train": 240, "val": 96'))
     write_pictures(folder / "photos", 12)
     for split in ("train", "val"):
         for name in ("rose", "tulip"):
             write_pictures(folder / "flowers" / split / name, 4)
     pack(open_images(folder / "photos"), folder / "shards", 10 ** 4)
-    run(folder, "python train.py --batch-size 8 --workers 0 --steps 2")
-    run(folder, "python train.py --data photos/ --out runs/mine --batch-size 8 --workers 0 --steps 2")
+    short = "--batch-size 8 --workers 0 --steps 2"
+    run(folder, f"python train.py {short}")
+    run(folder, f"python train.py --data photos/ --out runs/mine {short}")
     return folder
 
 
 def run(folder, line):
     words = shlex.split(line, comments=True)
-    launcher = {"python": [sys.executable],
-                "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}[words[0]]
-    words = ["2" if before == "--nproc_per_node" else word for before, word in zip(words, words[1:])]
+    launcher = {"python": [sys.executable], "torchrun": [
+        sys.executable, "-m", "torch.distributed.run", "--standalone"]}[words[0]]
+    words = ["2" if before == "--nproc_per_node" else word
+             for before, word in zip(words, words[1:])]
     if "train.py" in words and not {"--steps", "--plan"} & set(words):
         words += ["--steps", "2", "--workers", "0", "--out", f"runs/test{abs(hash(line))}"]
         words += [w for name, extra in SHORT.items() if name in line for w in extra]
     if "evaluate.py" in words:
         words += ["--workers", "0"] + ["--epochs", "2"] * ("finetune" in words)
-    result = subprocess.run(launcher + words, cwd=folder, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(launcher + words, cwd=folder, capture_output=True, text=True,
+                            timeout=300, env=environment(PYTHONPATH=""))
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command(line, checkout):
-    if "bench.py" in line:
+    if "-m bench" in line:
         pytest.skip("a benchmark: minutes, and no result to check")
     output = run(checkout, line)
     if "evaluate.py" in line:
         assert output.splitlines()[-1].startswith("{")
 
 
-@pytest.mark.parametrize("block", [block for kind, block in BLOCKS if kind == "python"],
-                         ids=lambda block: block.splitlines()[-1][:30])
+@pytest.mark.parametrize("block", SNIPPETS, ids=lambda block: block.splitlines()[-1][:30])
 def test_snippet(block, checkout):
-    result = subprocess.run([sys.executable, "-c", block], cwd=checkout, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", block], cwd=checkout, capture_output=True,
+                            text=True, env=environment(PYTHONPATH=""))
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.long
 def test_the_slurm_script_trains_on_two_machines(checkout, tmp_path):
     """Both of them this one: srun and scontrol are stand-ins, torchrun's two agents are real."""
-    script = next(block for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
-                  if "#SBATCH" in block)
+    script = next(block for page in PAGES for block in blocks(page, "bash") if "#SBATCH" in block)
     assert len(script.splitlines()) < 20
     for name, text in (("scontrol", "echo localhost"),
                        ("srun", 'for _ in 1 2; do "$@" & done; wait -n && wait -n'),
@@ -90,9 +115,9 @@ def test_the_slurm_script_trains_on_two_machines(checkout, tmp_path):
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
     out = tmp_path / "run"
+    short = f"{out} --steps 2 --workers 0 --micro-batch 1 " + " ".join(SHORT["regnety_256gf"])
     for old, new in {":29500": f":{port}", "--nproc_per_node 8": "--nproc_per_node 1",
-                     "/shared/photos": "photos", "/shared/runs/256gf": f"{out} --steps 2 --workers 0 "
-                     "--micro-batch 1 " + " ".join(SHORT["regnety_256gf"])}.items():
+                     "/shared/photos": "photos", "/shared/runs/256gf": short}.items():
         assert old in script
         script = script.replace(old, new)
     result = subprocess.run(["bash", "-c", script], cwd=checkout, capture_output=True, text=True,
@@ -106,6 +131,18 @@ def test_the_slurm_script_trains_on_two_machines(checkout, tmp_path):
 
 
 def test_requirements_and_licence_are_as_the_readme_says():
-    assert {re.split("[><=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()} == {
+    needed = (ROOT / "requirements.txt").read_text().split()
+    assert {re.split("[><=]", line)[0] for line in needed} == {
         "torch", "torchvision", "numpy", "pillow", "tqdm", "pytest"}
     assert (ROOT / "LICENSE").read_text().startswith("MIT")
+
+
+@pytest.mark.parametrize("page, most", [("README.md", 170), ("CONTRIBUTING.md", 45), *(
+    (page, 200) for page in PAGES[1:])])
+def test_pages_are_short_and_name_files_that_are_there(page, most):
+    text = (ROOT / page).read_text()
+    assert len(text.splitlines()) <= most
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+    for room, name in re.findall(r"`((?:[a-z_]+/)+)([a-z_]+\.\w+)`", text):
+        assert room.startswith("runs/") or (ROOT / room / name).exists(), f"{page}: {room}{name}"

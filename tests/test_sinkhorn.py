@@ -1,14 +1,12 @@
 """sinkhorn.py against the textbook loop in float64, and stored codes of two ranks."""
-from pathlib import Path
-
 import pytest
 import torch
-from ranks import run_ranks
 from torch.nn import functional as F
 
 from sinkhorn import sinkhorn
+from tests.helpers import ORACLES, run_ranks
 
-TWO_RANKS = torch.load(Path(__file__).parent / "data" / "sinkhorn_2rank.pt", weights_only=True)["cases"]
+TWO_RANKS = torch.load(ORACLES / "sinkhorn_2rank.pt", weights_only=True)["cases"]
 EPSILONS = [0.01, 0.02, 0.025, 0.0299, 0.03, 0.05, 0.1]
 
 
@@ -28,7 +26,8 @@ def cosines(kind, rows=96, prototypes=40, dim=16):
     if kind == "clustered":                # near one another, and some prototypes far from all
         samples = F.normalize(samples + 4 * centres[torch.arange(rows) % 5], dim=1)
     if kind == "collapsed":                # one point, and its opposite
-        samples = samples[:1].expand(rows, dim) * torch.tensor([1.0, -1.0]).repeat(rows // 2)[:, None]
+        signs = torch.tensor([1.0, -1.0]).repeat(rows // 2)[:, None]
+        samples = samples[:1].expand(rows, dim) * signs
         centres = samples[:1].expand(prototypes, dim)
     if kind == "signs":                    # no cosines of anything, but the worst that can come
         return torch.randint(0, 2, (rows, prototypes)) * 2.0 - 1
@@ -44,7 +43,8 @@ def test_agrees_with_float64(kind, epsilon, dtype, iterations):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         codes = sinkhorn(scores, epsilon, iterations)
     assert codes.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(codes.double(), textbook(scores, epsilon, iterations), rtol=0, atol=1e-5)
+    expected = textbook(scores, epsilon, iterations)
+    torch.testing.assert_close(codes.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(codes.sum(1), torch.ones(len(codes), dtype=codes.dtype))
 
 
@@ -83,7 +83,8 @@ def test_leaves_its_input_alone_and_takes_no_gradient():
     assert not sinkhorn(scores).requires_grad and torch.equal(scores.detach(), before)
 
 
-@pytest.mark.parametrize("wrong", [dict(epsilon=0.0), dict(iterations=0), dict(scores=torch.ones(3))])
+@pytest.mark.parametrize("wrong", [dict(epsilon=0.0), dict(iterations=0),
+                                   dict(scores=torch.ones(3))])
 def test_refuses_what_has_no_meaning(wrong):
     with pytest.raises(ValueError):
         sinkhorn(**{"scores": torch.ones(3, 3)} | wrong)
@@ -112,7 +113,8 @@ def test_on_cuda_without_synchronisation(epsilon):
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.backends.cuda.matmul.allow_tf32 = False
-    torch.testing.assert_close(codes.double().cpu(), textbook(scores.cpu(), epsilon, 3), rtol=0, atol=1e-5)
+    expected = textbook(scores.cpu(), epsilon, 3)
+    torch.testing.assert_close(codes.double().cpu(), expected, rtol=0, atol=1e-5)
 
 
 def solve_on_this_rank(rank, cases):
@@ -137,7 +139,9 @@ def test_two_ranks_solve_one_problem(tmp_path):
     for rank, results in enumerate(run_ranks(solve_on_this_rank, tmp_path, cases)):
         for (codes, _), case in zip(results, TWO_RANKS):
             torch.testing.assert_close(codes.double(), case["codes"][rank], rtol=0, atol=1e-6)
-        for (codes, calls), (_, epsilon, _) in zip(results[len(TWO_RANKS):], cases[len(TWO_RANKS):]):
+        new = len(TWO_RANKS)
+        for (codes, calls), (_, epsilon, _) in zip(results[new:], cases[new:]):
             joined = sinkhorn(torch.cat(list(scores), dim=1), epsilon, 3)
-            torch.testing.assert_close(codes, joined[:, 24 * rank:24 * rank + 24], rtol=0, atol=1e-6)
+            part = joined[:, 24 * rank:24 * rank + 24]
+            torch.testing.assert_close(codes, part, rtol=0, atol=1e-6)
             assert calls == (3 if epsilon >= 0.03 else 6)  # for all problems together

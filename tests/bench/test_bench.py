@@ -11,7 +11,7 @@ import train
 from bench import parts, step
 from bench.__main__ import main
 from bench.baseline import baseline_trunk, double_loop, textbook_codes
-from bench.timing import Clock
+from bench.timing import Clock, read_results, write_results
 from data.loader import Augment, AugmentedCrops
 from larc import LARC
 from methods.build import build_method, build_trunk
@@ -75,25 +75,47 @@ def test_the_step_that_is_measured_is_that_of_train(micro_batch, monkeypatch):
 
 
 # ----------------------------------------------------------------------------- the measurements
-@pytest.mark.parametrize("arch, options", [
-    ("regnety_100mf", ["--checkpoint-activations"]), ("resnet50", [])])
-def test_a_step_is_measured(arch, options, tmp_path, capsys):
+@pytest.fixture
+def a_known_device(monkeypatch):
+    """One whose rates are not measured, for that takes seconds."""
+    for name, rate in (("bf16_peak", 0.1), ("convolution_rate", 1e10), ("bandwidth", 1e10)):
+        monkeypatch.setattr(step, name, lambda *_, rate=rate: rate)
+
+
+def check_step(out, arch, checkpointing):
+    result, = json.loads(out.read_text())
+    assert result["what"] == "step" and result["arch"] == arch and result["torch"]
+    assert result["crops"] == "2x48+2x36" and result["augmentation, ms"]["ours"] > 0
+    assert result["checkpoint_activations"] == checkpointing
+    for side in ("ours", "baseline"):
+        parts = [result[f"{part}, ms"][side]
+                 for part in ("forward", "Sinkhorn", "backward", "optimizer")]
+        assert min(parts) > 0 and result["step, ms"][side] == pytest.approx(sum(parts))
+        assert result["images/s"][side] == pytest.approx(2e3 / sum(parts))
+        assert result["share of bf16 peak"][side] > 0 < result["share of roofline"][side]
+    assert result["ratio"] == result["step, ms"]["baseline"] / result["step, ms"]["ours"]
+
+
+def test_a_step_is_measured(tmp_path, capsys, a_known_device):
     out = tmp_path / "new" / "bench.json"
-    times = 2 if options else 1
-    for _ in range(times):
-        main([*SMALL, f"--arch={arch}", f"--out={out}", *options])
-    results = json.loads(out.read_text())
-    assert len(results) == times
-    for result in results:
-        assert result["what"] == "step" and result["arch"] == arch and result["torch"]
-        assert result["crops"] == "2x48+2x36" and result["augmentation, ms"]["ours"] > 0
-        assert result["checkpoint_activations"] == bool(options)
-        for side in ("ours", "baseline"):
-            parts = [result[f"{part}, ms"][side]
-                     for part in ("forward", "Sinkhorn", "backward", "optimizer")]
-            assert min(parts) > 0 and result["step, ms"][side] == pytest.approx(sum(parts))
-            assert result["images/s"][side] == pytest.approx(2e3 / sum(parts))
-    assert "baseline" in capsys.readouterr().out
+    main([*SMALL, "--arch=regnety_100mf", "--checkpoint-activations", f"--out={out}"])
+    check_step(out, "regnety_100mf", True)
+    printed = capsys.readouterr().out
+    assert "activation checkpointing; cpu" in printed and "baseline" in printed
+
+
+@pytest.mark.long
+def test_a_step_is_measured_on_a_device_that_is_measured_too(tmp_path):
+    main([*SMALL, "--arch=resnet50", f"--out={tmp_path / 'bench.json'}"])
+    check_step(tmp_path / "bench.json", "resnet50", False)
+
+
+def test_results_are_added_to_those_that_are_there(tmp_path):
+    out = tmp_path / "new" / "bench.json"
+    for seconds in (1.0, 2.0):
+        write_results(out, "start", {"seconds": seconds})
+    assert [(result["what"], result["seconds"]) for result in read_results(out)] == [
+        ("start", 1.0), ("start", 2.0)]
 
 
 def test_trunks_are_measured(tmp_path, capsys):
@@ -186,7 +208,7 @@ def test_what_cannot_be_measured_is_refused(argv, expected, tmp_path, capsys):
     assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
-def test_a_step_without_room_is_one_sentence(tmp_path, capsys, monkeypatch):
+def test_a_step_without_room_is_one_sentence(tmp_path, capsys, monkeypatch, a_known_device):
     def full(*_):
         raise torch.OutOfMemoryError
     small = [*SMALL, "--arch=regnety_100mf", f"--out={tmp_path / 'bench.json'}"]

@@ -1,25 +1,24 @@
 """shards.py: reading in place, the index, packing, and tar files that are not as they should be."""
+import gzip
 import io
 import json
+import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_images import write_pictures
 from torch.utils.data import DataLoader
 
-import images
-import shards
-from images import Positions, Stream, collate, open_images
+from data import images, shards
+from data.images import open_images
+from data.stream import Positions, Stream, collate
 from multicrop import MultiCrop, parse_crops
-
-ROOT = Path(shards.__file__).parent
+from tests.data.conftest import resident_mb
+from tests.helpers import write_pictures
 
 
 def write_tar(path, members, format=tarfile.PAX_FORMAT):
@@ -54,16 +53,18 @@ def contents(images):
 def test_pictures_are_read_in_place_from_any_way_to_write_the_shards(three, spec):
     found = open_images(three / spec)
     assert contents(found) == [b"jpg0", b"jpg1", b"jpg2", b"png3", b""] and found.labels is None
-    assert [found.name(i) for i in (0, 3)] == [f"{three}/000.tar/0.jpg", f"{three}/002.tar/deep/er/3.PNG"]
+    assert [found.name(i) for i in (0, 3)] == [
+        f"{three}/000.tar/0.jpg", f"{three}/002.tar/deep/er/3.PNG"]
     assert contents(pickle.loads(pickle.dumps(found))) == contents(found)
-    assert [path.name for path in three.glob(".*.index")] == [found.index.name]       # one file, beside them
+    beside = [path.name for path in three.glob(".*.index")]
+    assert beside == [found.index.name]                             # one file
     with pytest.raises(IndexError):
         found[5]
 
 
 def test_braces_keep_their_digits():
-    assert shards.expand("a{08..11}-{0..1}.tar") == [f"a{i}-{j}.tar" for i in ("08", "09", "10", "11")
-                                                     for j in (0, 1)]
+    assert shards.expand("a{08..11}-{0..1}.tar") == [
+        f"a{i}-{j}.tar" for i in ("08", "09", "10", "11") for j in (0, 1)]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -72,14 +73,16 @@ def test_every_kind_of_tar(tmp_path, format, capsys):
     long = "ä" * 40 if format == tarfile.USTAR_FORMAT else "long/" * 60 + "ä"
     folder, link = tarfile.TarInfo("folder.jpg"), tarfile.TarInfo("link.jpg")
     folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "/etc/passwd"
-    members = [(f"{long}.jpg", b"one"), folder, link, ("../../up.jpg", b"two" * 1000), ("/root.png", b"three")]
+    members = [(f"{long}.jpg", b"one"), folder, link, ("../../up.jpg", b"two" * 1000),
+               ("/root.png", b"three")]
     write_tar(tmp_path / "a.tar", members, format)
     found = open_images(tmp_path / "a.tar")
     assert contents(found) == [b"one", b"two" * 1000, b"three"]
     assert [found.name(i) for i in range(3)] == [
         f"{tmp_path}/a.tar/{name}" for name in (f"{long}.jpg", "../../up.jpg", "/root.png")]
     assert "1 links, sparse or too large" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", found.index.name, f"{found.index.name}.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a.tar", found.index.name, f"{found.index.name}.lock"}
 
 
 def test_archives_in_a_row_are_all_read(three):
@@ -98,35 +101,40 @@ def test_an_odd_header_costs_no_more_than_its_file(tmp_path, header):
             tar.addfile(info, io.BytesIO(b"data"))
     write_tar(tmp_path / "good.tar", [("2.jpg", b"good")])
     found = open_images(tmp_path / "*.tar")
-    assert found[0] == b"good" if len(found) == 1 else {found[0], found[len(found) - 1]} == {b"good", b"data"}
+    if len(found) == 1:
+        assert found[0] == b"good"
+    else:
+        assert {found[0], found[len(found) - 1]} == {b"good", b"data"}
     assert all(found.name(i) for i in range(len(found)))
 
 
 def test_what_has_changed_is_scanned_anew_and_only_that(three, monkeypatch):
-    open_images(three / "*.tar")
+    spec = three / "*.tar"
+    open_images(spec)
     scanned, scan = [], shards.scan
     monkeypatch.setattr(shards, "scan", lambda path: scanned.append(Path(path).name) or scan(path))
     monkeypatch.setattr(os, "cpu_count", lambda: 1)     # in this process
-    open_images(three / "*.tar")
+    open_images(spec)
     assert scanned == []
     write_tar(three / "001.tar", [("new.jpg", b"new")])
-    assert contents(open_images(three / "*.tar")) == [b"jpg0", b"jpg1", b"jpg2", b"new", b"png3", b""]
+    assert contents(open_images(spec)) == [b"jpg0", b"jpg1", b"jpg2", b"new", b"png3", b""]
     assert scanned == ["001.tar"]
     time.sleep(0.01)
     os.utime(three / "000.tar")                         # another time, the same size
-    open_images(three / "*.tar")
+    open_images(spec)
     assert scanned == ["001.tar", "000.tar"]
     scanned.clear()
     write_tar(three / "003.tar", [("more.jpg", b"more")])
-    assert len(open_images(three / "*.tar")) == 7 and scanned == ["003.tar"]     # another set, mostly known
+    assert len(open_images(spec)) == 7 and scanned == ["003.tar"]       # another set, mostly known
     (three / "003.tar").unlink()
-    index = open_images(three / "*.tar").index
+    index = open_images(spec).index
     for other in three.glob(".*.index"):
         other.unlink() if other != index else None
-    for damage in (lambda data: data[:-1], lambda data: b"", lambda data: data[:5] + data, lambda data: b"x" * 50):
+    for damage in (lambda data: data[:-1], lambda data: b"", lambda data: data[:5] + data,
+                   lambda data: b"x" * 50):
         scanned.clear()
         index.write_bytes(damage(index.read_bytes()))
-        assert len(open_images(three / "*.tar")) == 6 and len(scanned) == 3
+        assert len(open_images(spec)) == 6 and len(scanned) == 3
 
 
 def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(three, tmp_path, monkeypatch):
@@ -150,31 +158,42 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(three, tmp_p
         open_images(three / "*.tar")
 
 
-def test_damaged_tar_files_give_what_they_hold(tmp_path, capsys):
-    data = [(f"{i}.jpg", bytes([i]) * 1000) for i in range(4)]
-    write_tar(tmp_path / "good.tar", data)
-    good = (tmp_path / "good.tar").read_bytes()
-    blocks = {"cut in a picture": good[:3 * 1536 + 600], "cut in a header": good[:3 * 1536 + 100],
-              "damaged": good[:3 * 1536] + b"x" * 512 + good[3 * 1536 + 512:], "none": b"", "text": b"no tar" * 500}
-    for name, blob in blocks.items():
-        (tmp_path / f"{name}.tar").write_bytes(blob)
-    import gzip
-    (tmp_path / "packed.tar").write_bytes(gzip.compress(good))
-    for name, kept, words in (("cut in a picture", [0, 1, 2], "cut short; 4 pictures"), ("cut in a header", [0, 1, 2],
-                              "cut short; 3 pictures"), ("damaged", [0, 1, 2], "damaged at byte 4608")):
-        found = open_images(tmp_path / f"{name}.tar")
-        assert words in capsys.readouterr().err, name
-        assert [found[i] for i in range(len(kept))] == [data[i][1] for i in kept]
-    hole = bytearray(good)                              # behind the damage there is more
-    hole[1536:1536 + 200] = b"x" * 200
-    (tmp_path / "hole.tar").write_bytes(hole)
+@pytest.fixture
+def good(tmp_path):
+    """A tar file of four pictures, in 1536 bytes each: a header of 512, and 1000 of content."""
+    write_tar(tmp_path / "good.tar", [(f"{i}.jpg", bytes([i]) * 1000) for i in range(4)])
+    return (tmp_path / "good.tar").read_bytes()
+
+
+@pytest.mark.parametrize("cut, words", [
+    (lambda good: good[:3 * 1536 + 600], "cut short; 4 pictures"),          # in a picture
+    (lambda good: good[:3 * 1536 + 100], "cut short; 3 pictures"),          # in a header
+    (lambda good: good[:3 * 1536] + b"x" * 512 + good[3 * 1536 + 512:], "damaged at byte 4608")])
+def test_damaged_tar_files_give_what_they_hold(tmp_path, capsys, good, cut, words):
+    (tmp_path / "bad.tar").write_bytes(cut(good))
+    found = open_images(tmp_path / "bad.tar")
+    assert words in capsys.readouterr().err
+    assert [found[i] for i in range(3)] == [bytes([i]) * 1000 for i in range(3)]
+
+
+def test_what_is_behind_the_damage_is_found(tmp_path, capsys, good):
+    (tmp_path / "hole.tar").write_bytes(good[:1536] + b"x" * 200 + good[1536 + 200:])
     found = open_images(tmp_path / "hole.tar")
-    assert contents(found) == [data[i][1] for i in (0, 2, 3)] and "damaged at byte 1536" in capsys.readouterr().err
-    stream = Stream(open_images(tmp_path / "cut in a picture.tar"), lambda data, *_: ([], data[:1]), 0)
+    assert contents(found) == [bytes([i]) * 1000 for i in (0, 2, 3)]
+    assert "damaged at byte 1536" in capsys.readouterr().err
+
+
+def test_a_picture_that_is_cut_short_is_a_fault(tmp_path, good):
+    (tmp_path / "cut.tar").write_bytes(good[:3 * 1536 + 600])
+    stream = Stream(open_images(tmp_path / "cut.tar"), lambda data, *_: ([], data[:1]), 0)
     faults = [fault for position in range(4) for fault in stream[position][2]]
     assert [(fault.name[-5:], fault.cause, fault.detail) for fault in faults] == [
         ("3.jpg", "truncated", "88 of 1000 bytes are there")]
-    for name in ("none", "text", "packed"):
+
+
+def test_what_are_no_shards_is_named(tmp_path, capsys, good):
+    for name, data in (("none", b""), ("text", b"no tar" * 500), ("packed", gzip.compress(good))):
+        (tmp_path / f"{name}.tar").write_bytes(data)
         with pytest.raises(ValueError, match="no pictures in"):
             open_images(tmp_path / f"{name}.tar")
     assert "a compressed one, which cannot be read at random" in capsys.readouterr().err
@@ -202,7 +221,7 @@ def test_shards_of_the_same_name_are_told_apart(tmp_path):
     for folder in "xyz":
         (tmp_path / folder).mkdir()
         write_tar(tmp_path / folder / "0.tar", [(f"{folder}.jpg", folder.encode() * 5)])
-        os.utime(tmp_path / folder / "0.tar", (10 ** 9, 10 ** 9))          # and size and time are the same
+        os.utime(tmp_path / folder / "0.tar", (10 ** 9, 10 ** 9))       # size and time the same too
     assert contents(open_images(tmp_path / "[xy]" / "0.tar")) == [b"xxxxx", b"yyyyy"]
     assert contents(open_images(tmp_path / "[xz]" / "0.tar")) == [b"xxxxx", b"zzzzz"]
 
@@ -239,41 +258,49 @@ def test_a_size_that_is_none_is_refused(capsys):
     with pytest.raises(SystemExit):
         images.main(["pack", "a", "b", "--shard-size=1X"])
     assert "'1X' is not a size" in capsys.readouterr().err
-    assert [images.parse_size(text) for text in ("1G", "500M", "1.5k", "7")] == [10 ** 9, 5 * 10 ** 8, 1500, 7]
+    sizes = [images.parse_size(text) for text in ("1G", "500M", "1.5k", "7")]
+    assert sizes == [10 ** 9, 5 * 10 ** 8, 1500, 7]
 
 
-SCRIPT = """
-import sys, time
-sys.path.insert(0, {root!r})
-import shards
-if len(sys.argv) > 2:
-    shards.scan = lambda path: time.sleep(9)
-if __name__ == "__main__":
-    print("ready", flush=True)
-    print(len(shards.open_shards(sys.argv[1])))
-"""
+def count_pictures(spec, report, slow):
+    """As a rank does. slow: and does not come to an end."""
+    if slow:
+        shards.scan = lambda path: time.sleep(600)
+    report.send("ready")
+    report.send(len(open_images(spec)))
 
 
-def test_several_processes_make_one_index_also_when_one_is_killed(three, tmp_path):
-    """As the ranks of a machine do: each gets the whole, and waits for no ghost."""
-    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
-    spec = str(three / "*.tar")
-    killed = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), spec, "slow"],
-                              stdout=subprocess.PIPE, text=True)
-    killed.stdout.readline()
-    while not list(three.glob(".*.tmp")):
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
+def test_several_processes_make_one_index_also_when_one_is_killed(three, start):
+    """As the ranks of a machine do: each gets the whole, and none waits for one that has died."""
+    context = multiprocessing.get_context(start)
+
+    def begin(slow=False):
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=count_pictures, args=(three / "*.tar", send, slow))
+        process.start()
+        assert receive.recv() == "ready"
+        return process, receive
+
+    killed, _ = begin(slow=True)
+    deadline = time.monotonic() + 60
+    while not list(three.glob(".*.tmp")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    processes = [subprocess.Popen([sys.executable, str(tmp_path / "script.py"), spec], text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
-    for process in processes:
-        process.stdout.readline()
+    others = [begin() for _ in range(3)]
+    assert not any(receive.poll(0.2) for _, receive in others)          # they wait for the lock
     killed.kill()
-    killed.wait()
-    assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["5"] * 3
-    assert sorted(path.suffix for path in three.iterdir() if path.suffix not in (".tar", ".lock")) == [".index"]
+    killed.join()
+    counts = [receive.recv() if receive.poll(60) else None for _, receive in others]
+    for process, _ in others:
+        process.join(60)
+        process.kill()
+    assert counts == [5] * 3
+    left = [path.suffix for path in three.iterdir() if path.suffix not in (".tar", ".lock")]
+    assert left == [".index"]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", [
+    "fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_worker_processes_read_the_same(tmp_path, context):
     write_pictures(tmp_path / "photos", 12)
     shards.pack(open_images(tmp_path / "photos"), tmp_path / "out", 9000)
@@ -296,13 +323,9 @@ def test_a_billion_pictures_cost_a_memory_map(tmp_path):
         file.seek(0, os.SEEK_END)
         file.write(footer + len(footer).to_bytes(8, "little") + shards.MAGIC)
 
-    def resident():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1e3
-
-    before = resident()
+    before = resident_mb()
     found = shards.Shards([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], tmp_path / "index")
     stream = Stream(found, None, 0)
     places = {found.place(stream.index(position))[0] for position in range(500)}
     assert len(found) == count and places == {0, 1}
-    assert resident() - before < 50                             # MB
+    assert resident_mb() - before < 50

@@ -1,4 +1,4 @@
-"""Write demo_curves.json, the reference of tests/training/test_reference_runs.py, from runs' folders.
+"""Write demo_curves.json, the curves that tests/training compares runs with, from runs' folders.
 
     for seed in 0 1 2; do python train.py --seed $seed --out curves/seed$seed; done
     python train.py --steps 150 --strength 1 --out "curves/stuck strength"              # and so on

@@ -53,7 +53,7 @@ def draw(kind: str, rng) -> dict[str, torch.Tensor]:
         state[f"{name}.1.weight"] = rng.uniform(0.5, 1.5, w_out)
         state[f"{name}.1.bias"] = rng.standard_normal(w_out) * 0.3
         state[f"{name}.1.running_mean"] = rng.standard_normal(w_out) * 0.3
-        state[f"{name}.1.running_var"] = rng.uniform(0.2, 1.2, w_out)
+        state[f"{name}.1.running_var"] = rng.uniform(0.5, 1.5, w_out)
         state[f"{name}.1.num_batches_tracked"] = rng.integers(1, 5000)
 
     conv_bn("stem", 32, 3, 3)
@@ -87,7 +87,8 @@ def forward(state: dict[str, torch.Tensor], images: torch.Tensor) -> dict:
 
     def conv_bn(x, name, stride=1):
         weight, bn = p[f"{name}.0.weight"], f"{name}.1."
-        x = F.conv2d(x, weight, None, stride, weight.shape[2] // 2, 1, x.shape[1] // weight.shape[1])
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2,
+                     groups=x.shape[1] // weight.shape[1])
         return F.batch_norm(x, p[bn + "running_mean"], p[bn + "running_var"], p[bn + "weight"],
                             p[bn + "bias"], eps=1e-5)
 
@@ -142,7 +143,7 @@ def rename_vissl(name: str, parts: tuple[str, ...] = ()) -> str:
 
 
 def layouts(state: dict[str, torch.Tensor], parts: tuple[str, ...]) -> dict:
-    torchvision = {k: v for k, v in state.items() if k.startswith(("stem.", "trunk_output.", "fc."))}
+    torchvision = {k: v for k, v in state.items() if not k.startswith(("head.", "prototypes."))}
     timm, pycls = ({rename(k, layout): v for k, v in torchvision.items()}
                    for layout in ("timm", "pycls"))
     pycls["stem.conv.weight"] = pycls["stem.conv.weight"].flip(1)           # RGB -> BGR
@@ -166,7 +167,8 @@ def make() -> dict:
     for seed, (kind, (parameters, se_ratio, classes, head, parts)) in enumerate(NETWORKS.items()):
         rng = numpy.random.default_rng(seed)
         state = draw(kind, rng)
-        images = torch.tensor(rng.standard_normal((2, 3, 64, 64)), dtype=torch.float32)
+        images = rng.standard_normal((2, 3, 64, 64)) + rng.standard_normal((2, 3, 1, 1))
+        images = torch.tensor(images, dtype=torch.float32)
         outputs = {name: [x.float() for x in value] if isinstance(value, list) else value.float()
                    for name, value in forward(state, images).items()}
         shape = dict(zip(("widths", "depths", "group_widths"), stages(*parameters)))

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-CURVES = json.loads((Path(__file__).parent / "data" / "demo_curves.json").read_text())
+import pytest
+
+from tests.helpers import ORACLES, ROOT
+
+CURVES = json.loads((ORACLES / "demo_curves.json").read_text())
 HEALTHY = [seed["curve"] for seed in CURVES["healthy"].values()]
 MARGIN = 0.03                # of ln K: a fourth seed may lie a little outside three others
 
@@ -33,6 +35,7 @@ def test_stuck_runs_leave_the_band():
         assert not low < stuck["curve"]["loss_over_ln_k"][stuck["curve"]["step"].index(100)] < high
 
 
+@pytest.mark.long
 def test_a_fresh_short_run_stays_inside_the_band(tmp_path):
     """The first 100 steps, with a seed that is none of the three."""
     log = tmp_path / "run" / "log.jsonl"

@@ -29,6 +29,5 @@ def test_the_command_says_what_a_file_is_and_converts_it(tmp_path, put, capsys):
                  [str(path), "--to", "timm", str(tmp_path / "no" / "folder")]):
         with pytest.raises(SystemExit) as stop:
             main(argv)
-        assert stop.value.code == 2 and capsys.readouterr().err.startswith(
-            "weights: error: ")
+        assert stop.value.code == 2 and "weights: error: " in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

@@ -1,0 +1,55 @@
+"""evaluation/knn.py against its definition, and from the command line."""
+import json
+import math
+
+import torch
+from PIL import Image
+
+from evaluation.knn import knn, knn_top1, neighbours, vote
+from evaluation.task import TILE
+from regnet import ARCHS, RegNet
+from tests.evaluation.conftest import QUICK, RANDOM
+from weights.atomic import save
+
+
+def test_knn_equals_its_definition():
+    torch.manual_seed(0)
+    features, queries = torch.randn(60, 5), torch.randn(23, 5)
+    labels = torch.randint(0, 4, (60,))
+    for chunk in (0, 1, 7, 1000):
+        similarities, nearest = neighbours(features, queries, 100, chunk)
+        for k, temperature in ((1, 0.1), (5, 0.07), (60, 1.0), (100, 0.5), (20, 0.002)):
+            expected = []
+            for q in queries.double():
+                similarity = [(torch.dot(q, f) / q.norm() / f.norm()).item()
+                              for f in features.double()]
+                votes = [0.0] * 4
+                for i in sorted(range(60), key=lambda i: -similarity[i])[:k]:
+                    votes[labels[i]] += math.exp((similarity[i] - max(similarity)) / temperature)
+                expected.append(votes.index(max(votes)))
+            predicted = vote(similarities[:, :k], labels[nearest[:, :k]], temperature, 4)
+            assert predicted.tolist() == expected
+            assert knn(features, labels, queries, k, temperature, chunk).tolist() == expected
+    truth = torch.tensor(expected)          # of k = 20
+    truth[:2] += 1
+    assert knn_top1(features, labels, queries, truth, 20, 0.002) == round(100 * 21 / 23, 2)
+
+
+def test_knn_from_the_command_line(classes, tmp_path, command):
+    options = ["--data", classes, *QUICK]
+    result = command("knn", *RANDOM, *options, "--k=3,1", "--temperature=0.1,1", "--sheet",
+                     tmp_path / "sheet.png", "--rows=4", "--columns=2")
+    assert result["top1"] == 100 and (result["train"], result["val"], result["k"]) == (24, 10, 3)
+    assert [(row["k"], row["temperature"]) for row in result["all"]] == [
+        (3, 0.1), (3, 1), (1, 0.1), (1, 1)]
+    side = TILE + 4
+    assert Image.open(tmp_path / "sheet.png").size == (4 * side + 8, 4 * (side + 4) + 4)
+    trunk = RegNet(ARCHS["regnety_100mf"])
+    save(tmp_path / "trunk.pt", trunk.state_dict())
+    first = command("knn", tmp_path / "trunk.pt", "--arch=regnety_100mf", *options)
+    # one of the first class: the labels of the others do not move
+    (classes / "val" / "blue" / "0.png").write_bytes(b"")
+    second = command("knn", tmp_path / "trunk.pt", *options)
+    assert (second["top1"], second["val"], second["left_out"]) == (100, 9, 1)
+    kept = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert kept == [first, second] and len(first["sha256"]) == 16
