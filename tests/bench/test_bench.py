@@ -48,7 +48,7 @@ def test_a_part_is_timed_without_the_parts_inside_it():
 @pytest.mark.parametrize("micro_batch", [4, 2])
 def test_the_step_that_is_measured_is_that_of_train(micro_batch, monkeypatch):
     """Bitwise the weights that train.step_gradients and LARC lead to; and each part is timed."""
-    config = configure({"arch": "regnety_100mf", "crops": "2x48+2x36", "head": "32-16",
+    config = configure({"arch": "regnety_100mf", "crops": "2x32+2x16", "head": "32-16",
                         "prototypes": 12, "batch_size": 4, "micro_batch": micro_batch})
     crops, methods = step.random_crops(config, CPU), []
     monkeypatch.setattr(step, "random_crops", lambda *_: crops)
@@ -76,8 +76,10 @@ def test_the_step_that_is_measured_is_that_of_train(micro_batch, monkeypatch):
 
 # ----------------------------------------------------------------------------- the measurements
 @pytest.fixture
-def a_known_device(monkeypatch):
-    """One whose rates are not measured, for that takes seconds."""
+def quick(monkeypatch):
+    """A small head and few prototypes, on a device whose rates are known: these take seconds."""
+    monkeypatch.setattr("bench.__main__.configure", lambda given: configure(
+        given | {"head": "32-16", "prototypes": 12}))
     for name, rate in (("bf16_peak", 0.1), ("convolution_rate", 1e10), ("bandwidth", 1e10)):
         monkeypatch.setattr(step, name, lambda *_, rate=rate: rate)
 
@@ -96,7 +98,7 @@ def check_step(out, arch, checkpointing):
     assert result["ratio"] == result["step, ms"]["baseline"] / result["step, ms"]["ours"]
 
 
-def test_a_step_is_measured(tmp_path, capsys, a_known_device):
+def test_a_step_is_measured(tmp_path, capsys, quick):
     out = tmp_path / "new" / "bench.json"
     main([*SMALL, "--arch=regnety_100mf", "--checkpoint-activations", f"--out={out}"])
     check_step(out, "regnety_100mf", True)
@@ -118,16 +120,18 @@ def test_results_are_added_to_those_that_are_there(tmp_path):
         ("start", 1.0), ("start", 2.0)]
 
 
-def test_trunks_are_measured(tmp_path, capsys):
+@pytest.mark.parametrize("precision, full", [
+    ("fp32", "float32"), pytest.param("bf16", "bfloat16", marks=pytest.mark.long)])
+def test_trunks_are_measured(precision, full, tmp_path, capsys):
     out = tmp_path / "bench.json"
-    main(["trunk", "--arch=regnety_800mf", "--crops=1x64", "--micro-batch=2", "--repeats=1",
-          "--device=cpu", "--precision=bf16", f"--out={out}"])
+    main(["trunk", "--arch=regnety_800mf", "--crops=1x48", "--micro-batch=2", "--repeats=1",
+          "--device=cpu", f"--precision={precision}", f"--out={out}"])
     result, = json.loads(out.read_text())
     for row in ("forward, ms", "step, ms"):
         ms = result[row]
         assert ms["ratio"] == ms["torchvision"] / ms["channels-last"] and ms["NCHW"] > 0
-    assert result["layout"] == "channels-last"
-    assert "regnety_800mf, 2 images of 64" in capsys.readouterr().out
+    assert result["layout"] == "channels-last" and result["precision"] == full
+    assert "regnety_800mf, 2 images of 48" in capsys.readouterr().out
 
 
 def test_the_optimizer_and_sinkhorn_are_measured(tmp_path, capsys, monkeypatch):
@@ -142,6 +146,20 @@ def test_the_optimizer_and_sinkhorn_are_measured(tmp_path, capsys, monkeypatch):
     assert (sinkhorn["collectives"], sinkhorn["one call per crop"]) == (10, 20)
     assert [(row["B"], row["K"]) for row in sinkhorn["rows"]] == [(64, 300), (32, 100)]
     assert "collectives a step of 2 assigned crops" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line, reached", [("step 1/100  loss 4.1", True), ("sorry", False)])
+def test_the_start_is_measured(line, reached, tmp_path, monkeypatch):
+    """With another program instead of Python and train.py, which takes seconds."""
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho first\necho '{line}'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    if reached:
+        assert 0 <= step.bench_start("regnety_100mf")["seconds"] < 10
+    else:
+        with pytest.raises(RuntimeError, match="--arch regnety_100mf .* did not reach"):
+            step.bench_start("regnety_100mf")
 
 
 @pytest.mark.long
@@ -197,7 +215,8 @@ def test_the_baseline_is_the_same_network():
 # ---------------------------------------------------------------------- what cannot be measured
 @pytest.mark.parametrize("argv, expected", [
     (["step", "--arch=regnety_33gf"], "unknown arch 'regnety_33gf'"),
-    (["start", "--arch=regnety_33gf"], "did not reach its first step"),
+    pytest.param(["start", "--arch=regnety_33gf"], "did not reach its first step",
+                 marks=pytest.mark.long),
     (["step", "--micro_batch=0"], "--micro-batch must be at least 1"),
     (["step", "--repeats=-1"], "--repeats not below 0"),
     (["step", "--out={folder}"], "is no file of results"),
@@ -208,10 +227,11 @@ def test_what_cannot_be_measured_is_refused(argv, expected, tmp_path, capsys):
     assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
-def test_a_step_without_room_is_one_sentence(tmp_path, capsys, monkeypatch, a_known_device):
+def test_a_step_without_room_is_one_sentence(tmp_path, capsys, monkeypatch, quick):
     def full(*_):
         raise torch.OutOfMemoryError
     small = [*SMALL, "--arch=regnety_100mf", f"--out={tmp_path / 'bench.json'}"]
+    monkeypatch.setattr(step, "roofline", lambda *_: 1.0)
     monkeypatch.setattr(step, "baseline_step", full)
     main(small)
     result, = json.loads((tmp_path / "bench.json").read_text())

@@ -1,5 +1,6 @@
 """evaluation/finetune.py and supervised.py: labels, recipes, resuming, ranks, and classify."""
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,15 +54,20 @@ def test_the_learning_rate_follows_the_recipe():
 
 
 def test_finetune_and_classify(classes, tmp_path, command, refused, monkeypatch):
-    """An interrupted fine-tuning ends as one that was not; and its network classifies."""
-    options = [*RANDOM, "--data", classes, *QUICK, "--epochs=8", "--batch-size=8", "--lr=0.5",
+    """A fine-tuning that goes on from a checkpoint ends as the whole one; its network classifies."""
+    options = [*RANDOM, "--data", classes, *QUICK, "--epochs=8", "--batch-size=4", "--lr=0.5",
                "--recipe=finetune"]
-    whole = command("finetune", *options, f"--out={tmp_path / 'whole'}")
+
+    def save_and_copy(path, state):
+        save(path, state)
+        if state.get("step") == 36:                         # of 48: as if it ended here
+            shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "save", save_and_copy)
+        whole = command("finetune", *options, f"--out={tmp_path / 'whole'}")
     assert whole["best"] > 50 and whole["recipe"]["epochs"] == 8
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(supervised, "save", save_once)
-        command("finetune", *options, f"--out={tmp_path / 'parts'}")
-    assert load(tmp_path / "parts" / "checkpoint.pt")["step"] == 3      # of 24
+    assert load(tmp_path / "parts" / "checkpoint.pt")["step"] == 36
     parts = command("finetune", *options, f"--out={tmp_path / 'parts'}")
     assert parts["top1"] == whole["top1"]
     one, other = (load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
@@ -103,75 +109,3 @@ def test_classify_an_official_layout(shades, tmp_path, command, layout):
     assert 0 < top1 < 36 and 0 < top5 < 36
     assert (result["top1"], result["top5"]) == (round(top1 / 0.36, 2), round(top5 / 0.36, 2))
     assert (result["classes"], result["present"], result["val"]) == (8, 6, 36)
-
-
-# ---------------------------------------------------------------------------- fit, on its own
-FEW = RECIPES["few"]._replace(epochs=2, batch_size=8, lr=2)
-
-
-def tune(folder, out, recipe=FEW, frozen_statistics=True):
-    """Two epochs. frozen_statistics: BatchNorm in eval mode, so that a step does not depend on the
-    number of ranks."""
-    train, val = open_splits(folder)
-    torch.manual_seed(0)
-    model = Finetuned(build_trunk("regnety_100mf"), len(train.classes))
-    if frozen_statistics:
-        model.train = lambda mode=True: torch.nn.Module.train(model, False)
-    fresh = model.fc.weight.clone()
-    reached = fit(model, train, val, recipe, Path(out), Preprocessing(32))
-    assert (model.fc.weight - fresh).abs().max() > 0.01
-    return reached, model.tensors()
-
-
-def tune_on_ranks(rank, folder, outs):
-    return [tune(folder, out, frozen_statistics=i < 2) for i, out in enumerate(outs)]
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """Folders, and what fit gave: of one process, of two, of two that went on with what one began,
-    and of two with BatchNorm in training."""
-    folder = tmp_path_factory.mktemp("tuned")
-    shades = write_shades(folder / "shades")
-    one = tune(str(shades), folder / "one")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(supervised, "save", save_once)
-        tune(str(shades), folder / "begun")
-    assert load(folder / "begun" / "checkpoint.pt")["step"] == 6       # of 12
-    outs = [str(folder / name) for name in ("two", "begun", "bn")]
-    return folder, one, run_ranks(tune_on_ranks, folder, str(shades), outs)
-
-
-def test_two_ranks_tune_as_one(tuned):
-    """Also where two go on with what one began."""
-    _, (reached, tensors), ranks = tuned
-    for rank in ranks:
-        for got, of_rank in rank[:2]:
-            assert got == reached
-            for name, value in tensors.items():
-                torch.testing.assert_close(of_rank[name], value, rtol=1e-4, atol=1e-5, msg=name)
-
-
-def test_what_two_ranks_measure_is_the_network_that_is_saved(tuned):
-    """Each had running statistics of its own; rank 0's are saved, and all measure with them."""
-    folder, _, ranks = tuned
-    saved = load(folder / "bn" / "last.pt")
-    for rank in ranks:
-        _, tensors = rank[2]
-        assert all(torch.equal(tensors[name], value) for name, value in saved.items())
-
-
-def test_a_checkpoint_from_before_augment_goes_on(tuned):
-    """It has the recipe's field under its old name, `distort`."""
-    folder, (reached, tensors), _ = tuned
-    path = folder / "one" / "checkpoint.pt"
-    state = load(path)
-    recipe = state["settings"]["recipe"]
-    recipe["distort"] = recipe.pop("augment")
-    save(path, state)
-    again, loaded = tune(str(folder / "shades"), folder / "one")    # finished: no step is left
-    assert again == reached and all(torch.equal(loaded[name], x) for name, x in tensors.items())
-    with pytest.raises(ValueError, match="holds another run"):
-        tune(str(folder / "shades"), folder / "one", FEW._replace(augment=True))
-    config = json.loads((folder / "one" / "config.json").read_text())["config"]
-    assert config["recipe"]["size"] == 32 and config["mean"] == "0.485,0.456,0.406"

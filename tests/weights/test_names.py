@@ -153,11 +153,12 @@ def test_round_trips_are_bitwise(tmp_path, put, kind, layout):
 
 @pytest.mark.parametrize("layout", ["torchvision", "timm", "vissl"])
 def test_a_resnet_goes_out_and_comes_back(tmp_path, layout):
-    tensors = torchvision.models.resnet50().state_dict()
+    with torch.device("meta"):
+        keys = torchvision.models.resnet50().state_dict()
+    tensors = {key: torch.tensor([float(i)]) for i, key in enumerate(keys)}     # only names matter
     write(tensors, layout, tmp_path / "out.pt")
     assert ("fc.weight" in torch.load(tmp_path / "out.pt")) == (layout != "vissl")
-    back = read(tmp_path / "out.pt").tensors
-    assert set(back) == set(tensors) and all(torch.equal(tensors[k], v) for k, v in back.items())
+    assert equal(read(tmp_path / "out.pt").tensors, tensors)
     with pytest.raises(ValueError, match="no names for a ResNet"):
         write(tensors, "pycls", tmp_path / "out.pt")
 
