@@ -29,9 +29,9 @@ def blocks(page, kind):
 
 
 def marked(page, items):
-    """Test cases; of the docs marked long."""
-    return [pytest.param(item, marks=[] if page == "README.md" else pytest.mark.long)
-            for item in items]
+    """Test cases; of the docs, and of several processes, marked long."""
+    return [pytest.param(item, marks=[] if page == "README.md" and "torchrun" not in item
+                         else pytest.mark.long) for item in items]
 
 
 COMMANDS, SEEN = [], set()

@@ -26,7 +26,7 @@ TRAIN, VAL = DemoImages("train"), DemoImages("val")
 CPU = torch.device("cpu")
 # pictures of each split that are looked at: a part at every change, all of them in a long test
 PARTS = pytest.mark.parametrize("train, val", [
-    (1024, 512), pytest.param(4096, 1024, marks=pytest.mark.long)])
+    (768, 384), pytest.param(4096, 1024, marks=pytest.mark.long)])
 
 
 @functools.cache

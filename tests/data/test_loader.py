@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def test_augmented_crops_are_a_sequence_and_made_when_taken():
     whole = list(lazy)
     assert calls == [8, 8, 12] and equal(whole[:1], once)
     assert equal(whole, [AUGMENT(c, p) for c, p in zip(crops, params)])
-    assert torch.equal(lazy[-1], whole[1])
+    assert torch.equal(lazy[-1], whole[1]) and torch.equal(lazy[1:][0], whole[1])
     with pytest.raises(IndexError):
         lazy[2]
 
@@ -209,6 +210,12 @@ def test_the_time_spent_waiting_for_input_is_counted_and_no_other(workers):
     assert min(waited if workers == 0 else waited[:1]) >= 8 * 0.02
 
 
+def test_the_time_spent_waiting_adds_up_until_it_is_read():
+    with loader_of(Stream(Slow(20), MultiCrop(parse_crops("2x16")), seed=1)) as batches:
+        for step, _ in batches:
+            assert batches.waited >= (step - 1) * 8 * 0.02          # the first step is 2
+
+
 # -------------------------------------------------------------------------------------- workers
 def start_worker(folder, worker):
     """As a run's: SIGTERM does not end it. It leaves its process id."""
@@ -219,42 +226,50 @@ def start_worker(folder, worker):
 def running(pid):
     multiprocessing.active_children()       # reaps those that have ended
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
         return True
     except ProcessLookupError:
         return False
 
 
 class Stuck(Memory):
-    """A file system that does not answer, from the 17th image on."""
+    """A file system that does not answer, from each worker's ninth image on; it leaves a file."""
 
-    read = 0
+    def __init__(self, count, folder):
+        super().__init__(count)
+        self.folder, self.read = folder, 0
 
     def __getitem__(self, i):
         self.read += 1
-        time.sleep(600 if self.read > 16 else 0)
+        if self.read > 8:
+            Path(self.folder, "stuck").touch()
+            time.sleep(60)
         return super().__getitem__(i)
 
 
-@pytest.mark.parametrize("images, error", [(Memory(20), None), (Memory(20), KeyboardInterrupt),
-                                           (Stuck(20), None)], ids=["end", "error", "stuck"])
-def test_workers_get_their_numbers_and_are_ended_on_exit(tmp_path, monkeypatch, images, error):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)    # seconds
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+@pytest.mark.parametrize("case", ["end", "error", "stuck"])
+def test_workers_get_their_numbers_and_are_ended_on_exit(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)    # seconds
+    images = Stuck(20, tmp_path) if case == "stuck" else Memory(20)
     stream = Stream(images, MultiCrop(parse_crops("2x16")), 1)
-    try:
+    with pytest.raises(KeyboardInterrupt) if case == "error" else nullcontext():
         with loader_of(stream, workers=2, steps=(0, 500),
                        start_worker=partial(start_worker, tmp_path)) as batches:
             next(iter(batches))
-            pids = {path.name: path.read_text() for path in tmp_path.iterdir()}
+            pids = {path.name: int(path.read_text()) for path in tmp_path.glob("[0-9]")}
             assert pids.keys() == {"0", "1"} and all(map(running, pids.values()))
-            if error:
-                raise error
-    except KeyboardInterrupt:
-        assert error
-    deadline = time.monotonic() + 30
-    while any(map(running, pids.values())) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(running, pids.values()))
+            if case == "stuck":
+                wait_until((tmp_path / "stuck").exists)
+            if case == "error":
+                raise KeyboardInterrupt
+    wait_until(lambda: not any(map(running, pids.values())))
 
 
 def test_without_workers_nothing_is_to_be_ended():

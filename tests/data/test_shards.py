@@ -266,7 +266,7 @@ def test_a_size_that_is_none_is_refused(capsys):
 def count_pictures(spec, report, slow):
     """As a rank does. slow: and does not come to an end."""
     if slow:                            # in this process alone, so that all of it can be killed
-        os.cpu_count, shards.scan = lambda: 1, lambda path: time.sleep(600)
+        os.cpu_count, shards.scan = lambda: 1, lambda path: time.sleep(60)
     report.send("ready")
     report.send(len(open_images(spec)))
 

@@ -1,7 +1,6 @@
-"""evaluation/finetune.py and supervised.py: labels, recipes, resuming, ranks, and classify."""
+"""evaluation/finetune.py and supervised.py: labels, recipes, resuming, and classify."""
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +12,9 @@ from evaluation.features import Preprocessing
 from evaluation.finetune import Finetuned, some_labels
 from evaluation.supervised import RECIPES, fit
 from methods.build import build_trunk
-from tests.evaluation.conftest import QUICK, RANDOM, normalised, write_shades
-from tests.helpers import run_ranks
+from tests.evaluation.conftest import QUICK, RANDOM, normalised
 from weights.atomic import load, save
 from weights.names import from_ours
-
-
-def save_once(path, state):
-    """Of weights.atomic; then a checkpoint ends the process."""
-    save(path, state)
-    if Path(path).name == "checkpoint.pt":
-        raise KeyboardInterrupt
 
 
 def test_some_of_the_labels(classes, tmp_path):
@@ -54,7 +45,7 @@ def test_the_learning_rate_follows_the_recipe():
 
 
 def test_finetune_and_classify(classes, tmp_path, command, refused, monkeypatch):
-    """A fine-tuning that goes on from a checkpoint ends as the whole one; its network classifies."""
+    """What goes on from a checkpoint ends as the whole fine-tuning; its network classifies."""
     options = [*RANDOM, "--data", classes, *QUICK, "--epochs=8", "--batch-size=4", "--lr=0.5",
                "--recipe=finetune"]
 
@@ -109,3 +100,24 @@ def test_classify_an_official_layout(shades, tmp_path, command, layout):
     assert 0 < top1 < 36 and 0 < top5 < 36
     assert (result["top1"], result["top5"]) == (round(top1 / 0.36, 2), round(top5 / 0.36, 2))
     assert (result["classes"], result["present"], result["val"]) == (8, 6, 36)
+
+
+def test_a_checkpoint_from_before_augment_goes_on(shades, tmp_path):
+    """It has the recipe's field under its old name, `distort`."""
+    def tuned(recipe):
+        train, val = open_splits(str(shades))
+        model = Finetuned(build_trunk("regnety_100mf"), 6)
+        return fit(model, train, val, recipe, tmp_path, Preprocessing(32)), model.tensors()
+
+    recipe, path = RECIPES["few"]._replace(epochs=1, batch_size=16), tmp_path / "checkpoint.pt"
+    reached, tensors = tuned(recipe)
+    state = load(path)
+    held = state["settings"]["recipe"]
+    held["distort"] = held.pop("augment")
+    save(path, state)
+    again, loaded = tuned(recipe)                           # finished: no step is left
+    assert again == reached and all(torch.equal(loaded[name], x) for name, x in tensors.items())
+    with pytest.raises(ValueError, match="holds another run"):
+        tuned(recipe._replace(augment=True))
+    config = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert config["recipe"]["size"] == 32 and config["mean"] == "0.485,0.456,0.406"

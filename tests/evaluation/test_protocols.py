@@ -1,4 +1,4 @@
-"""evaluate.py as a program: what it refuses, and that two ranks print what one prints.
+"""evaluate.py as a program: what it refuses, and that torchrun's ranks print what one does.
 
 What each protocol measures is tested beside its file."""
 import json
@@ -11,7 +11,8 @@ from tests.helpers import torchrun
 from weights.atomic import save
 
 
-def test_two_ranks_print_what_one_prints(shades, command):
+@pytest.mark.long
+def test_torchrun_prints_what_one_process_prints(shades, command):
     argv = ["knn", *RANDOM, "--data", str(shades), *QUICK, "--k=5"]
     alone = command(*argv)
     assert 100 / 6 < alone["top1"] < 100
