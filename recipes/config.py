@@ -12,6 +12,8 @@ import difflib
 import math
 from dataclasses import dataclass
 
+import numpy
+
 from methods.build import TRUNKS
 from multicrop import MAX_PIXELS, CropSpec, parse_crops
 from regnet import ARCHS
@@ -40,20 +42,26 @@ def parse_channels(text: str) -> tuple[float, float, float]:
                          ) from None
 
 
+def number(x: float) -> str:
+    """The shortest digits that give x again, without an exponent: 0.14, 1, 0.00001."""
+    return numpy.format_float_positional(x, trim="-")
+
+
 def crops_text(crops: tuple[CropSpec, ...]) -> str:
     """The way back from parse_crops; a scale is written where it is not the usual one."""
     parts = []
     for i, (count, size, scale) in enumerate(crops):
         usual = (0.14, 1.0) if i == 0 else (0.05, 0.14)
-        parts.append(f"{count}x{size}" + (f"@{scale[0]:g}-{scale[1]:g}" if scale != usual else ""))
+        parts.append(f"{count}x{size}" + (
+            f"@{number(scale[0])}-{number(scale[1])}" if scale != usual else ""))
     return "+".join(parts)
 
 
 # options that are written as text: how it is read, and written
 WRITTEN = {"crops": (lambda text: tuple(parse_crops(text)), crops_text),
            "head": (parse_head, lambda widths: "-".join(map(str, widths))),
-           "mean": (parse_channels, lambda values: ",".join(f"{x:g}" for x in values)),
-           "std": (parse_channels, lambda values: ",".join(f"{x:g}" for x in values))}
+           "mean": (parse_channels, lambda values: ",".join(map(number, values))),
+           "std": (parse_channels, lambda values: ",".join(map(number, values)))}
 
 
 def option(default, help: str, low=None, high=math.inf, choices=None):

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from itertools import dropwhile, takewhile
 
-import pytest
-
 from tests.helpers import ROOT, write_pictures
 
 IMPORTS = """
@@ -31,16 +29,34 @@ def usage(name):
     return "\n".join(line[4:] for line in takewhile(lambda line: line.startswith("    "), indented))
 
 
-@pytest.mark.parametrize("name, needs", [
-    ("regnet", []), ("sinkhorn", []), ("swav", ["sinkhorn"]), ("multicrop", []), ("larc", [])])
-def test_a_file_of_the_method_works_alone(name, needs, tmp_path):
-    for needed in [name, *needs]:
-        shutil.copy(ROOT / f"{needed}.py", tmp_path)
+ALONE = """
+import sys
+for name, needs, script in {cases!r}:
+    for file in needs:
+        sys.modules.pop(file, None)
+    sys.path[0] = name
+    try:
+        exec(script, {{}})
+    except Exception as error:
+        raise SystemExit(f"{{name}}: {{error!r}}")
+    assert not {{"data", "recipes", "train"}} & set(sys.modules), name
+    sys.path_importer_cache.clear()
+"""
+
+
+def test_the_files_of_the_method_work_alone(tmp_path):
+    """Each in a folder that holds nothing else, one folder after the other."""
     write_pictures(tmp_path, 1, ".jpg", (300, 200))
     (tmp_path / "0000.jpg").rename(tmp_path / "picture.jpg")
-    assert usage(name)
-    script = IMPORTS.format(name=name) + SETUP.get(name, "") + usage(name)
+    cases = []
+    for name in ("regnet", "sinkhorn", "swav", "multicrop", "larc"):
+        needs = [name, *(["sinkhorn"] if name == "swav" else [])]
+        (tmp_path / name).mkdir()
+        for file in needs:
+            shutil.copy(ROOT / f"{file}.py", tmp_path / name)
+        assert usage(name)
+        cases.append((name, needs, IMPORTS.format(name=name) + SETUP.get(name, "") + usage(name)))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment,
-                            capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", ALONE.format(cases=cases)], cwd=tmp_path,
+                            env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -63,12 +64,19 @@ def checkout(tmp_path_factory):
             write_pictures(folder / "flowers" / split / name, 4)
     pack(open_images(folder / "photos"), folder / "shards", 10 ** 4)
     short = "--batch-size 8 --workers 0 --steps 2"
-    run(folder, f"python train.py {short}")
-    run(folder, f"python train.py --data photos/ --out runs/mine {short}")
+    lines = f"python train.py {short}", f"python train.py --data photos/ --out runs/mine {short}"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda line: run(folder, line), lines))
     return folder
 
 
 def run(folder, line):
+    result = start(folder, line)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def start(folder, line):
     words = shlex.split(line, comments=True)
     launcher = {"python": [sys.executable], "torchrun": [
         sys.executable, "-m", "torch.distributed.run", "--standalone"]}[words[0]]
@@ -79,19 +87,29 @@ def run(folder, line):
         words += [w for name, extra in SHORT.items() if name in line for w in extra]
     if "evaluate.py" in words:
         words += ["--workers", "0"] + ["--epochs", "2"] * ("finetune" in words)
-    result = subprocess.run(launcher + words, cwd=folder, capture_output=True, text=True,
-                            timeout=300, env=environment(PYTHONPATH=""))
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return subprocess.run(launcher + words, cwd=folder, capture_output=True, text=True,
+                          timeout=300, env=environment(PYTHONPATH=""))
+
+
+@pytest.fixture(scope="module")
+def results(checkout):
+    """Command -> its result, as a future: those of the README, two at a time."""
+    pool = ThreadPoolExecutor(2)
+    lines = [case.values[0] for case in COMMANDS
+             if pytest.mark.long not in case.marks and "-m bench" not in case.values[0]]
+    return {line: pool.submit(start, checkout, line) for line in lines}
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_command(line, checkout):
+def test_command(line, checkout, request):
     if "-m bench" in line:
         pytest.skip("a benchmark: minutes, and no result to check")
-    output = run(checkout, line)
+    quick = "long" not in request.keywords
+    result = (request.getfixturevalue("results")[line].result() if quick else
+              start(checkout, line))
+    assert result.returncode == 0, result.stderr
     if "evaluate.py" in line:
-        assert output.splitlines()[-1].startswith("{")
+        assert result.stdout.splitlines()[-1].startswith("{")
 
 
 @pytest.mark.parametrize("block", SNIPPETS, ids=lambda block: block.splitlines()[-1][:30])

@@ -14,6 +14,15 @@ RANDOM = ["random", "--arch=regnety_100mf"]
 QUICK = ["--size=32", "--workers=0", "--device=cpu"]
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """As the ranks have it. On small tensors it is as fast, and on a busy machine several times."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def classes(tmp_path):
     """Red and blue images, 12 + 12 and 5 + 5: an untrained network tells them apart too."""

@@ -1,4 +1,5 @@
 """training/plan.py against published figures, and against what a step keeps."""
+import functools
 import os
 import re
 from dataclasses import replace
@@ -20,6 +21,7 @@ BENCHMARK, SEER = "2x160+4x96", "2x224+4x96"
 SIZES = ["regnety_32gf", "regnety_64gf", "regnety_128gf", "regnety_256gf", "regnety_10b"]
 
 
+@functools.cache
 def cost_of(arch, crops=SEER, dtype=torch.bfloat16):
     return plan.cost(configure({"arch": arch, "crops": crops}), dtype)
 

@@ -38,6 +38,7 @@ def starts(rank, folder):
         return trunk.stem[0].weight.sum().item(), str(error)
 
 
+@pytest.mark.long
 def test_two_ranks_start_alike_or_fail_alike(tmp_path, put):
     trunk = RegNet(ARCHS["regnety_200mf"])
     put(trunk.state_dict(), "good.pt")
