@@ -220,7 +220,9 @@ def test_the_time_spent_waiting_adds_up_until_it_is_read():
 def start_worker(folder, worker):
     """As a run's: SIGTERM does not end it. It leaves its process id."""
     leave_signals_to_the_parent(worker)
-    Path(folder, str(worker)).write_text(str(os.getpid()))
+    whole = Path(folder, f"{worker}.tmp")
+    whole.write_text(str(os.getpid()))
+    whole.rename(Path(folder, str(worker)))
 
 
 def running(pid):
@@ -263,13 +265,14 @@ def test_workers_get_their_numbers_and_are_ended_on_exit(tmp_path, monkeypatch, 
         with loader_of(stream, workers=2, steps=(0, 500),
                        start_worker=partial(start_worker, tmp_path)) as batches:
             next(iter(batches))
-            pids = {path.name: int(path.read_text()) for path in tmp_path.glob("[0-9]")}
-            assert pids.keys() == {"0", "1"} and all(map(running, pids.values()))
+            wait_until(lambda: {path.name for path in tmp_path.glob("?")} == {"0", "1"})
+            pids = [int(path.read_text()) for path in tmp_path.glob("?")]
+            assert all(map(running, pids))
             if case == "stuck":
                 wait_until((tmp_path / "stuck").exists)
             if case == "error":
                 raise KeyboardInterrupt
-    wait_until(lambda: not any(map(running, pids.values())))
+    wait_until(lambda: not any(map(running, pids)))
 
 
 def test_without_workers_nothing_is_to_be_ended():
