@@ -10,7 +10,7 @@ while pixels and untrained features see mostly the rest.
     held_out = DemoImages("val", count=1024, seed=0)
 
 Picture i is a pure function of (seed, split, i): the same in any order, process and count. Nothing
-is kept; one takes under a millisecond to make. `python demo.py OUT.png` draws a sheet, a row a
+is kept; one takes under a millisecond to make. `python -m data.demo OUT.png` draws a sheet, a row a
 kind.
 """
 import io
@@ -101,7 +101,7 @@ def picture(outline: numpy.ndarray, rng: numpy.random.Generator, size: int) -> I
 
 
 class DemoImages:
-    """len(), [i] -> PNG bytes, .name(i), .labels, .classes: what `images.open_images` gives.
+    """len(), [i] -> PNG bytes, .name(i), .labels, .classes: what `data.images.open_images` gives.
 
     Raises ValueError for an unknown split.
     """
@@ -141,4 +141,4 @@ def sheet(path: str, columns: int = 12, size: int = 64) -> None:
 
 if __name__ == "__main__":
     import sys
-    sys.exit("usage: python demo.py OUT.png") if len(sys.argv) != 2 else sheet(sys.argv[1])
+    sys.exit("usage: python -m data.demo OUT.png") if len(sys.argv) != 2 else sheet(sys.argv[1])

@@ -31,7 +31,8 @@ def blocks(page, kind):
 
 def marked(page, items):
     """Test cases; of the docs, and of several processes, marked long."""
-    return [pytest.param(item, marks=[] if page == "README.md" and "torchrun" not in item
+    quick = page == "README.md"
+    return [pytest.param(item, marks=[] if quick and not re.search("torchrun|evaluate.py", item)
                          else pytest.mark.long) for item in items]
 
 

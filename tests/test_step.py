@@ -62,8 +62,9 @@ def assert_close(output, expected, tolerance=1e-5):
         assert (output[name] - value).norm() <= tolerance * (value.norm() + 1e-4), name
 
 
-@pytest.mark.parametrize("with_queue", [False, True])
-@pytest.mark.parametrize("head_bn", [False, True])
+@pytest.mark.parametrize("with_queue, head_bn", [
+    (False, True), (True, False), pytest.param(True, True, marks=pytest.mark.long),
+    pytest.param(False, False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("micro_batches", [1, 4, *(
     pytest.param(n, marks=pytest.mark.long) for n in (2, 8))])
 def test_micro_batches_have_the_gradient_of_the_joined_batch(micro_batches, head_bn, with_queue):
@@ -153,7 +154,8 @@ def steps_on_a_rank(rank, world, micro_batches, checkpointing):
 
 
 @pytest.mark.parametrize("micro_batches, checkpointing", [
-    (4, True), pytest.param(1, False, marks=pytest.mark.long)])
+    (4, True), (1, False)])
+@pytest.mark.long
 def test_two_ranks_have_the_gradient_of_the_joined_batch(tmp_path, micro_batches, checkpointing):
     expected = [plain_step(tiny().eval(), images(8, seed)) for seed in range(3)]
     ranks = run_ranks(steps_on_a_rank, tmp_path, 2, micro_batches, checkpointing)

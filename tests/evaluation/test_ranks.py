@@ -28,6 +28,7 @@ from tests.evaluation.conftest import QUICK, RANDOM, write_shades
 from tests.helpers import run_ranks
 from weights.atomic import load, save
 
+pytestmark = pytest.mark.long
 
 class Means(torch.nn.Module):
     """A trunk without parameters: the mean colour."""

@@ -84,6 +84,7 @@ def full_disk(folder):
         print(repr(writer.error))
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     script = f"from tests.training.test_checkpoint import *\nfull_disk({str(tmp_path)!r})"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,

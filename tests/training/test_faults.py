@@ -418,6 +418,7 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(few_photos, tmp_path, c
     assert error.startswith("train.py: error: DataLoader worker (pid")      # and not a traceback
 
 
+@pytest.mark.long
 def test_a_probe_changes_nothing_of_a_run(few_photos, tmp_path):
     run(few_photos, tmp_path / "plain", "--steps=4")
     run(few_photos, tmp_path / "probed", "--steps=4", f"--probe={few_photos}", "--probe-every=2")

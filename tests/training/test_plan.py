@@ -21,15 +21,32 @@ BENCHMARK, SEER = "2x160+4x96", "2x224+4x96"
 SIZES = ["regnety_32gf", "regnety_64gf", "regnety_128gf", "regnety_256gf", "regnety_10b"]
 
 
-@functools.cache
+QUICK = ("regnety_32gf", "regnety_256gf")
+
+
+def of_sizes(*columns):
+    """A case a size, with its values of the columns; the quick suite has two of them."""
+    rows = zip(SIZES, *columns)
+    return [pytest.param(*row, marks=() if row[0] in QUICK else pytest.mark.long) for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch):
+    """A network is counted once for all tests."""
+    monkeypatch.setattr(plan, "cost", COST)
+
+
+COST = functools.cache(plan.cost)
+
+
 def cost_of(arch, crops=SEER, dtype=torch.bfloat16):
     return plan.cost(configure({"arch": arch, "crops": crops}), dtype)
 
 
 # ---------------------------------------------------------------------- the plan, against figures
-@pytest.mark.parametrize("arch, small, again, large", list(zip(
-    SIZES, [.342, .679, 1.350, 2.689, 19.664], [.455, .905, 1.798, 3.583, 26.215],
-    [.531, 1.056, 2.099, 4.183, 30.61])))
+@pytest.mark.parametrize("arch, small, again, large", of_sizes(
+    [.342, .679, 1.350, 2.689, 19.664], [.455, .905, 1.798, 3.583, 26.215],
+    [.531, 1.056, 2.099, 4.183, 30.61]))
 def test_flops_of_training(arch, small, again, large):
     """TFLOP an image: 2x160+4x96, the same with activation checkpointing, 2x224+4x96."""
     of = cost_of(arch, BENCHMARK)
@@ -38,8 +55,8 @@ def test_flops_of_training(arch, small, again, large):
     assert plan.work(cost_of(arch)) == pytest.approx(large, abs=0.0051 if large > 10 else 0.00051)
 
 
-@pytest.mark.parametrize("arch, whole, stored, computed", list(zip(
-    SIZES, [227, 319, 543, 766, 2068], [30, 41, 69, 95, 250], [21, 29, 46, 65, 174])))
+@pytest.mark.parametrize("arch, whole, stored, computed", of_sizes(
+    [227, 319, 543, 766, 2068], [30, 41, 69, 95, 250], [21, 29, 46, 65, 174]))
 def test_activations(arch, whole, stored, computed):
     """MiB a picture in bf16. Small parts that are kept once for a batch weigh half in two crops, so
     the whole lies up to a per cent lower. With checkpointing the largest block is counted with its
@@ -50,13 +67,14 @@ def test_activations(arch, whole, stored, computed):
     assert of.inputs / MIB == pytest.approx(stored, rel=0.08)
 
 
-@pytest.mark.parametrize("arch, million", list(zip(
-    SIZES, [141.334, 276.458, 637.420, 1272.156, 9323.935])))
+@pytest.mark.parametrize("arch, million", of_sizes(
+    [141.334, 276.458, 637.420, 1272.156, 9323.935]))
 def test_parameters(arch, million):
     assert cost_of(arch).trunk_params / 1e6 == pytest.approx(million, abs=5e-4)
 
 
-@pytest.mark.parametrize("arch", ["regnety_200mf", "regnetx_200mf", "resnet50"])
+@pytest.mark.parametrize("arch", ["regnety_200mf", "regnetx_200mf",
+                                  pytest.param("resnet50", marks=pytest.mark.long)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_is_counted_without_memory_is_what_a_step_keeps(arch, checkpointing):
     """On meta tensors against real ones, the storages that autograd holds after a forward pass."""
@@ -171,7 +189,7 @@ def test_a_demo_run_is_not_cut_up():
 
 
 # ----------------------------------------------------------------------------- as a command
-@pytest.mark.parametrize("arch", SIZES)
+@pytest.mark.parametrize("arch", of_sizes())
 def test_a_plan_is_printed(arch, capsys):
     train.main(["--plan", f"--arch={arch}", "--gpus=8", "--gpu-memory=80", "--tflops=790"])
     text = capsys.readouterr().out
@@ -203,6 +221,7 @@ def test_the_plan_of_the_headline(capsys):
     assert float(rows["sum, of at most 72"][0]) == pytest.approx(sum(parts), abs=0.05)
 
 
+@pytest.mark.long
 def test_the_plans_of_the_docs_are_the_plans():
     page = (ROOT / "docs" / "scale.md").read_text()
     table = [line for line in page.splitlines()
@@ -229,7 +248,8 @@ def test_a_plan_follows_what_is_given(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("recipe", ["demo", "small", "swav", "swav-bs256", "seer"])
+@pytest.mark.parametrize("recipe", ["demo", "small", *(
+    pytest.param(recipe, marks=pytest.mark.long) for recipe in ("swav", "swav-bs256", "seer"))])
 def test_a_plan_is_of_the_recipes_own_trunk(recipe, capsys):
     train.main(["--plan", f"--recipe={recipe}"])
     arch = configure({"recipe": recipe}).arch

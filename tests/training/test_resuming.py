@@ -17,7 +17,8 @@ from training.run import Run
 from weights.atomic import load, save
 
 
-@pytest.mark.parametrize("more", [[], ["--micro-batch=2", "--queue-start=6"]])
+@pytest.mark.parametrize("more", [["--micro-batch=2", "--queue-start=6"],
+                                  pytest.param([], marks=pytest.mark.long)])
 def test_resumed_equals_uninterrupted_bitwise(photos, tmp_path, monkeypatch, more):
     options = ["--steps=11", "--save-every=3", "--queue=12", "--freeze-prototypes=4", *more]
     run(photos, tmp_path / "whole", *options)

@@ -79,7 +79,8 @@ def test_a_bad_number_leaves_no_trace(few_photos, tmp_path, what):
     check_no_trace(tmp_path / "run", [result])
 
 
-@pytest.mark.parametrize("what", ["gradient", pytest.param("pixel", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["gradient", "pixel"])
 def test_a_bad_number_on_one_rank_leaves_no_trace_on_any(few_photos, tmp_path, what):
     out = tmp_path / "run"
     results = run_ranks(spoiled_run, tmp_path, 2, str(few_photos), str(out), {3: {1: what}},

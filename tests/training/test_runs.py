@@ -91,7 +91,8 @@ def test_a_folder_of_pictures_in_a_trained_trunk_out(photos, tmp_path, capsys):
     assert "finished" not in capsys.readouterr().out and (out / "prototypes.png").exists()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16",
+                                       pytest.param("fp32", marks=pytest.mark.long)])
 def test_each_precision_trains(photos, tmp_path, precision):
     run(photos, tmp_path / precision, "--steps=12", f"--precision={precision}",
         "--freeze-prototypes=1")
@@ -104,11 +105,14 @@ def test_each_precision_trains(photos, tmp_path, precision):
 
 
 @pytest.mark.parametrize("options", [
-    [], ["--hard"], ["--queue=8"], ["--temperature=0.3", "--epsilon=0.2"],
-    ["--freeze-prototypes=2"],
-    ["--weight-decay=0.1", "--lr=300", "--warmup=0.5", "--final-lr=0.3"],
-    ["--sinkhorn-iterations=1"], ["--momentum=0.5", "--trust-coefficient=0.002"],
-    ["--strength=1", "--gray=0.9", "--blur=1"]])
+    [], ["--queue=8", "--hard"], ["--weight-decay=0.1", "--lr=300", "--warmup=0.5",
+                                  "--final-lr=0.3", "--freeze-prototypes=2"],
+    *(pytest.param(options, marks=pytest.mark.long) for options in (
+        ["--hard"], ["--queue=8"], ["--temperature=0.3", "--epsilon=0.2"],
+        ["--freeze-prototypes=2"], ["--sinkhorn-iterations=1"],
+        ["--weight-decay=0.1", "--lr=300", "--warmup=0.5", "--final-lr=0.3"],
+        ["--momentum=0.5", "--trust-coefficient=0.002"],
+        ["--strength=1", "--gray=0.9", "--blur=1"]))])
 def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
     """train.py's weights against a loop written out over the method's files, textbook style. (With
     a batch of 4 and this rate a rounding grows: at one seed of four a near-tie falls the other

@@ -165,6 +165,7 @@ def test_a_config_of_another_library_beside_a_file_is_left_alone(tmp_path, put):
     assert load_trunk(str(put(fill(OTHERS[-1]["shapes"]), "pytorch_model.bin")))[1] == {}
 
 
+@pytest.mark.long
 def test_the_room_works_alone(tmp_path, put):
     """weights/ copied into an empty folder: library and command, without the other rooms."""
     shutil.copytree(ROOT / "weights", tmp_path / "weights")
