@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "draws and of training")
     parser.add_argument("--out", default="", help="file of features (.npy) and clusters (.csv), "
                         "folder of finetune and linear --sgd")
-    shown = parser.add_argument_group("how pictures are shown")
+    shown = parser.add_argument_group("preprocessing")
     shown.add_argument("--size", type=int, default=0,
                        help="pixels; none: the size of the run's first crops, else 224")
     shown.add_argument("--crop-ratio", type=float, help="central square over short side; 0: the "

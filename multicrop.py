@@ -93,6 +93,16 @@ def parse_crops(text: str) -> list[CropSpec]:
     return specs
 
 
+def parse_channels(text: str) -> tuple[float, float, float]:
+    """"0.485,0.456,0.406" -> (0.485, 0.456, 0.406)."""
+    try:
+        red, green, blue = map(float, text.split(","))
+        return red, green, blue
+    except ValueError:
+        raise ValueError(f"mean or std {text!r} is not RED,GREEN,BLUE, as in 0.485,0.456,0.406"
+                         ) from None
+
+
 class BadImage(ValueError):
     """An image that cannot be used. cause: empty, no picture, too large, truncated or damaged."""
 

@@ -14,8 +14,8 @@ the scores. Sinkhorn turns the scores of the assigned crops (the first two, whic
 codes, under the constraint that the batch uses all prototypes equally. Then every *other* crop has
 to predict that code from its own scores (the "swapped" prediction, eq. 2).
 
-A training loop needs no more of a method than `targets`, `loss`, `before_step`, `after_step` and
-the state dict; `assigned` serves a batch that is computed in several micro-batches.
+A training loop calls `targets`, `loss`, `before_step` and `after_step`; of a batch in several
+micro-batches also `assigned`.
 
 Differs from the reference (facebookresearch/swav):
 - prototypes have unit norm from the start, and again after each step, instead of before each use;
@@ -69,7 +69,7 @@ class SwAV(nn.Module):
         self.prototypes = nn.Linear(head[-1], prototypes, bias=False)    # weight (K, D)
         self.normalize_prototypes()
         self.counts, self.temperature, self.frozen_steps = list(counts), temperature, frozen_steps
-        self.sinkhorn = dict(epsilon=epsilon, iterations=iterations, hard=hard)
+        self.partition = dict(epsilon=epsilon, iterations=iterations, hard=hard)
         self.queue = Queue(queue, head[-1]) if queue else None
         self.queue_start, self.latest = queue_start, None                # latest (A, B, D)
 
@@ -92,7 +92,7 @@ class SwAV(nn.Module):
             self.latest = embeddings.detach()
             if step >= self.queue_start:
                 history = self.queue.scores(self.prototypes.weight)      # (A, L, K), or None
-        return swav_codes(scores.flatten(0, 1), ASSIGNED, queue_scores=history, **self.sinkhorn)
+        return swav_codes(scores.flatten(0, 1), ASSIGNED, queue_scores=history, **self.partition)
 
     def loss(self, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
         """outputs: of forward.  targets: (A, B, K), of the same images."""

@@ -61,21 +61,23 @@ def step_gradients(run: Run, step: int, micro_batches: list) -> tuple[Tensor, tu
     micro_batches: the crops of each, one tensor (count * B, 3, s, s) per size. Returns the loss;
     embeddings and scores, of all crops where there is one micro-batch, else of the assigned ones.
 
-    Codes share the WHOLE batch out among the prototypes. So with several micro-batches all scores
-    come first, without gradient. Then each micro-batch goes forward and backward with its codes.
-    With BatchNorm in eval mode the gradient is that of the joined batch. In training a trunk's
-    BatchNorm normalises each micro-batch by itself, as on so many more ranks; a head's sees all
-    crops in the second pass, but in the first the assigned ones alone.
+    Sinkhorn needs the scores of the WHOLE batch. With several micro-batches a first pass without
+    gradient computes them; a second pass goes forward and backward, one micro-batch at a time.
+    With BatchNorm in eval mode the gradient equals that of the joined batch. In training mode the
+    trunk's BatchNorm sees one micro-batch at a time; the head's sees all crops in the second pass,
+    but only the assigned crops in the first.
     """
     method, n = run.method, len(micro_batches)
     if n > 1:
         with torch.no_grad(), frozen_statistics(method), autocast(run.device, run.dtype):
-            parts = [method.assigned(crops) for crops in micro_batches]
-        joined = tuple(torch.cat(same, dim=1) for same in zip(*parts))  # (A, n*B, D), (A, n*B, K)
+            parts = zip(*[method.assigned(crops) for crops in micro_batches])
+        joined = tuple(torch.cat(same, dim=1) for same in parts)        # (A, n*B, D), (A, n*B, K)
+        del parts                                               # only the joined scores are kept
         targets = method.targets(joined, step).chunk(n, dim=1)
     total = 0.0
     for i, crops in enumerate(micro_batches):
         with sync_gradients(run.wrapped, now=i == n - 1):
+            # an autocast of its own: weights that were cast without gradient must not be reused
             with autocast(run.device, run.dtype):
                 outputs = run.wrapped(crops)                # embeddings (V*B, D), scores (V*B, K)
             target = targets[i] if n > 1 else method.targets(outputs, step)     # codes (A, B, K)
@@ -95,8 +97,9 @@ def train(run: Run) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
 
+            monitor.draw_views(step, micro_batches)
             rollback.remember()
-            optimizer.zero_grad(set_to_none=run.world == 1)     # DDP's are its buckets: they stay
+            optimizer.zero_grad(set_to_none=run.world == 1)     # views of DDP's buckets: they stay
             loss, outputs = step_gradients(run, step, micro_batches)
             method.before_step(step)                        # SwAV: prototypes frozen at first
 
@@ -109,7 +112,7 @@ def train(run: Run) -> None:
                 rollback.undo()                             # Stop after too many in a row
             scaler.update()
 
-            monitor.step(step, micro_batches, loss, outputs, verdict)
+            monitor.step(step, loss, outputs, verdict)
             saver.step(step, force=verdict.stop)            # refuses weights that are not finite
             if verdict.stop:
                 break
@@ -121,8 +124,8 @@ def train(run: Run) -> None:
 
 # ------------------------------------------------------------------------- what a run is made of
 def setup(config: Config, images, given=None) -> Run:
-    """Raises ValueError for what cannot be used, and writes nothing before that is known. given:
-    names of the options that were asked for, as run_folder.resume takes them."""
+    """Raises ValueError for what cannot be used, before any file is written. given: names of the
+    options on the command line (see run_folder.resume)."""
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype = pick_precision(config.precision, device)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -140,8 +143,8 @@ def setup(config: Config, images, given=None) -> Run:
     method = build_method(config, device, world)
     if config.init and not state:
         start_from(config.init, method, rank)
-    with fail_together():
-        if config.compile:
+    if config.compile:
+        with fail_together():
             check_compiler(device)
     wrapped = wrap(method, device, config.sync_bn_group, config.checkpoint_activations,
                    config.compile)
@@ -173,8 +176,8 @@ def open_loader(run: Run) -> Loader:
 
 # ------------------------------------------------------------------------------------ the program
 def fail(error: Exception) -> None:
-    """One sentence, exit code 2. A worker's error carries its traceback, whose last line is the
-    sentence."""
+    """Print the last line of the error, and exit with status 2. A worker's error carries a
+    traceback, whose last line is the message."""
     reason = str(error).strip().splitlines()[-1].removeprefix("data.stream.NoReadableImage: ")
     who = f"rank {dist.get_rank()}: " if dist.is_initialized() else ""
     print(f"train.py: error: {who}{reason}", file=sys.stderr)
@@ -221,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
         if "explain" in asked:
             return print(explain(given, world, images))
         config = configure(given, world, images)
-    except (ValueError, OSError, ImportError) as error:     # the same on all ranks: one speaks
+    except (ValueError, OSError, ImportError) as error:     # on all ranks alike: rank 0 prints
         sys.exit(2) if rank else fail(error)
     try:
         run = launch(config, images, given.keys())
@@ -229,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if rank == 0:               # alone: the others need not wait for what follows
+    if rank == 0:               # the other ranks may exit
         if run.start < run.config.steps or not (run.out / "prototypes.png").exists():
             look_back(run)
             print(usage(run.config, run.out))

@@ -41,8 +41,8 @@ class Augment:
 
 
 class AugmentedCrops(Sequence):
-    """Crops of a micro-batch, one tensor per size, augmented each time one is taken. So the float
-    crops of one micro-batch at most are held, and several passes see the same crops."""
+    """Crops of a micro-batch, one tensor per size, augmented on access: float crops exist for one
+    micro-batch at a time, and both passes of a step see the same."""
 
     def __init__(self, crops: list[Tensor], params: list[Tensor], augment: Augment):
         self.crops, self.params, self.augment = crops, params, augment
@@ -57,19 +57,19 @@ class AugmentedCrops(Sequence):
 
 
 class Loader:
-    """Of each step its number and its micro-batches, on the device.
+    """Yields, for each step, its number and its micro-batches on the device.
 
     positions: of this rank, a micro-batch at a time.  workers: processes; 0: none, decode here.
     start_worker: called in each worker process first, with its number.
-    faults: of the images replaced; whoever reads them empties the list.  waited: seconds spent
-    waiting for input, to be set back to 0 by whoever reads it.
+    faults: of images replaced so far; the reader empties the list.
+    waited: seconds spent waiting for input; the reader sets it back to 0.
     """
 
     def __init__(self, stream: Stream, positions: Positions, augment: Augment, device: torch.device,
                  workers: int = 0, start_worker: Callable[[int], None] | None = None):
         self.positions, self.augment, self.device = positions, augment, device
-        self.micro_batches = len(positions) // max(1, len(positions.steps))       # of a step
-        self.in_workers = device.type == "cpu" and self.micro_batches == 1
+        self.per_step = len(positions) // max(1, len(positions.steps))      # micro-batches
+        self.in_workers = device.type == "cpu" and self.per_step == 1
         self.loader = DataLoader(
             stream, batch_sampler=positions, num_workers=workers, worker_init_fn=start_worker,
             collate_fn=augment.collate if self.in_workers else collate,
@@ -90,7 +90,7 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[int, list[Sequence[Tensor]]]]:
         for step in self.positions.steps:
             start = time.perf_counter()
-            micro_batches = [self.next() for _ in range(self.micro_batches)]
+            micro_batches = [self.next() for _ in range(self.per_step)]
             self.waited += time.perf_counter() - start
             yield step, micro_batches
 

@@ -1,1 +1,1 @@
-"""The batch on the hardware there is: devices, ranks, wrappers."""
+"""Devices, ranks, and what is wrapped around a model."""

@@ -1,4 +1,4 @@
-"""Step: what several micro-batches of one batch need of BatchNorm and of DDP.
+"""Step: BatchNorm and DDP under gradient accumulation.
 
     with torch.no_grad(), frozen_statistics(model):         # scores first, for the codes
         scores = model(crops)

@@ -73,7 +73,7 @@ def compare_trunks(run, images: list, labels: Tensor, queries: list, truth: Tens
                    **options) -> dict[str, dict[str, float]]:
     """Top-1 on the queries by kNN and by a linear probe, of the trained trunk and of two that have
     learned nothing.  options: of features.extract."""
-    torch.manual_seed(run.config.seed)                  # the weights that training began with
+    torch.manual_seed(run.config.seed)                  # an untrained trunk of the same seed
     untrained, rows = build_trunk(run.config.arch), {}
     networks = {"raw pixels, two by two": nn.Sequential(nn.AvgPool2d(2), nn.Flatten()),
                 "untrained trunk": untrained, "trained trunk": run.method.trunk}

@@ -23,7 +23,7 @@ from data.labelled import Labelled, open_splits
 from distributed.hardware import pick_device
 from evaluation.features import SEER_FINETUNED, CenterCrops, Depths, Preprocessing, extract
 from methods.build import TRUNKS, build_trunk
-from multicrop import parse_crops
+from multicrop import parse_channels, parse_crops
 from weights.atomic import file_digest
 from weights.files import Loaded, read
 from weights.load import arch_of, describe, load_weights
@@ -79,7 +79,7 @@ def choose_preprocessing(config: dict, path: Path | None,
     chosen = Preprocessing(crop_ratio=0.875 if options.data else 1.0)
     if "crops" in config:
         chosen = chosen._replace(size=parse_crops(config["crops"])[0].size)
-    changes = {name: tuple(map(float, config[name].split(","))) for name in ("mean", "std")
+    changes = {name: parse_channels(config[name]) for name in ("mean", "std")
                if name in config}
     names = [path.name, *official_names(path)] if path else []
     if options.recipe == "finetune384" or any(name.startswith("seer_ft") for name in names):

@@ -14,6 +14,10 @@ tuple of tensors whose rows are crop-major; A views of an image have targets, B 
     statistics(outputs, loss) -> numbers for the log;  state_dict(), load_state_dict()
     assigned(crops) -> outputs (A, B, ...) of the views that have targets, which targets takes too:
         for a batch in several micro-batches, whose images are joined along the second dimension
+    .trunk, the product; .queue, a swav.Queue or None
+
+What targets changes is a buffer, or is overwritten at the next step: so a skipped step leaves no
+trace (training/rollback.py).
 """
 from dataclasses import replace
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy
 
 from methods.build import TRUNKS
-from multicrop import MAX_PIXELS, CropSpec, parse_crops
+from multicrop import MAX_PIXELS, CropSpec, parse_channels, parse_crops
 from regnet import ARCHS
 
 LENGTHS = {"steps", "epochs", "images"}
@@ -30,16 +30,6 @@ def parse_head(text: str) -> tuple[int, ...]:
         return widths
     except ValueError:
         raise ValueError(f"head {text!r} is not WIDTH-WIDTH-..., as in 8192-8192-256") from None
-
-
-def parse_channels(text: str) -> tuple[float, float, float]:
-    """"0.485,0.456,0.406" -> (0.485, 0.456, 0.406)."""
-    try:
-        red, green, blue = map(float, text.split(","))
-        return red, green, blue
-    except ValueError:
-        raise ValueError(f"mean or std {text!r} is not RED,GREEN,BLUE, as in 0.485,0.456,0.406"
-                         ) from None
 
 
 def number(x: float) -> str:
@@ -83,7 +73,7 @@ class Config:
     recipe: str = option("", "named set of defaults; none: small for fewer than 100,000 pictures "
                          "of your own, seer for more or with --arch alone, else demo")
     arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS, or resnet50")
-    # length: whichever of these is given replaces the recipe's; of several, the shortest
+    # a given length replaces the recipe's; of several given, the shortest counts
     steps: int = option(0, "length of the run in optimizer steps", 0)
     epochs: float = option(0.0, "length of the run in passes over the data", 0)
     images: int = option(0, "length of the run in pictures seen", 0)
@@ -131,12 +121,12 @@ class Config:
     device: str = option("", "cuda, mps or cpu; none: the best one here")
     workers: int = option(-1, "decoding processes per rank; -1: its processors, on a CPU a quarter",
                           -1)
-    seed: int = option(0, "of weights, order, crops and augmentations", 0)
+    seed: int = option(0, "seed of weights, order, crops and augmentations", 0)
     log_every: int = option(20, "steps between lines of log.jsonl", 1)
     probe: str = option("", "folder of pictures to measure the trunk with while it trains: kNN "
                         "where they are in class folders, else how often two augmented views of a "
                         "picture find each other")
-    probe_every: int = option(0, "steps between these; 0: a twentieth of the run", 0)
+    probe_every: int = option(0, "steps between probes; 0: a twentieth of the run", 0)
     save_every: int = option(500, "steps between checkpoints", 1)
     keep: int = option(2, "checkpoints that stay, the newest", 1)
     keep_every: int = option(0, "steps between checkpoints that stay for good; 0: none", 0)
@@ -214,7 +204,8 @@ def check_ranges(config: Config) -> None:
             limit = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
             raise ValueError(f"{flag(field.name)} {value}: needs {limit}")
     for name, low in (("mean", -math.inf), ("std", 0.0)):
-        if not all(low < x < math.inf for x in getattr(config, name)):
+        values = getattr(config, name)
+        if len(values) != 3 or not all(low < x < math.inf for x in values):
             raise ValueError(f"--{name} {config.text(name)}: needs numbers"
                              + " above 0" * (name == "std"))
 

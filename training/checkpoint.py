@@ -139,8 +139,11 @@ def _snapshot(tree):
 
 
 def run_state(run: Run, step: int) -> dict:
-    """All that a run needs to go on after `step` steps: a collective. A method's `queue`, where it
-    has one (swav.Queue), is shared out among the ranks."""
+    """All that a run needs to go on after `step` steps: a collective.
+
+    A method's `queue`, where it has one (swav.Queue), stands outside its state dict: each rank
+    holds a part of it, and a run may go on with another number of ranks.
+    """
     state = {"version": VERSION, "step": step, "config": run.config.as_dict(),
              "num_images": len(run.stream.images), "model": run.method.state_dict(),
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}

@@ -18,8 +18,8 @@ def symptoms(statistics: dict[str, float], dim: int) -> dict[str, str]:
     lasted: a healthy run may look like this for its first few dozen steps.
     dim: D.  The limits stand well clear of healthy runs (tests/oracles/demo_curves.json).
     """
-    loss, rank, used = (statistics[name] for name in (
-        "loss_over_ln_k", "effective_rank", "prototypes_used"))
+    healthy = {"loss_over_ln_k": 0.0, "effective_rank": dim, "prototypes_used": 1.0}
+    loss, rank, used = ((healthy | statistics)[name] for name in healthy)
     signs = {
         "loss": (loss > 0.99, "the loss is not below 99 % of ln K: every prototype is predicted "
                               "alike, whatever the image"),

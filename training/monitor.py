@@ -2,7 +2,7 @@
 
     print(start_lines(run))                                 # what is about to be trained
     with Monitor(run, batches, saver) as monitor:
-        monitor.step(step, micro_batches, loss, outputs, verdict)
+        monitor.step(step, loss, outputs, verdict)
     print(usage(config, out))                               # how to use the trunk elsewhere
 
 An `entry` is what a line of log.jsonl holds.
@@ -45,8 +45,8 @@ class Monitor:
         config, self.main = run.config, run.rank == 0
         self.log = Log(run.out / "log.jsonl", run.start) if self.main else None
         self.board = board(run.out, run.start) if self.main else None
-        self.watchdog, self.probe_every = Watchdog(config), (
-            config.probe_every or math.ceil(config.steps / 20))
+        self.watchdog = Watchdog(config)
+        self.probe_every = config.probe_every or math.ceil(config.steps / 20)
         self.logged, self.clock = run.start, time.perf_counter()
         self.bar = tqdm(initial=run.start, total=config.steps, unit="step",
                         disable=not self.main or not sys.stderr.isatty())
@@ -57,16 +57,19 @@ class Monitor:
     def __exit__(self, *_) -> None:
         self.bar.close()
 
-    def step(self, step: int, micro_batches: Sequence, loss: Tensor, outputs: tuple[Tensor, ...],
-             verdict: Verdict) -> None:
-        """After each step. Raises Stop where too many images cannot be read."""
-        config, done, pending = self.run.config, step + 1, self.run.pending
+    def draw_views(self, step: int, micro_batches: Sequence) -> None:
+        """views.png, before the first step."""
+        config = self.run.config
         if self.main and step == 0:
             try:
                 views(self.run.out / "views.png", list(micro_batches[0]), config.crops,
                       config.mean, config.std)
             except OSError as error:
                 tqdm.write(f"warning: views.png could not be written: {error}")
+
+    def step(self, step: int, loss: Tensor, outputs: tuple[Tensor, ...], verdict: Verdict) -> None:
+        """After each step. Raises Stop where too many images cannot be read."""
+        config, done, pending = self.run.config, step + 1, self.run.pending
         pending["bad"] += self.batches.faults
         self.batches.faults = []
         self.bar.update()
@@ -136,10 +139,11 @@ def start_lines(run: Run) -> str:
 
 def progress(steps: tqdm, entry: dict, config: Config) -> None:
     """On a terminal beside the progress bar, else a line."""
-    text = (f"loss {entry['loss']:.3f} ({entry['loss_over_ln_k']:.2f} ln K)  prototypes "
-            f"{entry['prototypes_used']:.0%}  rank {entry['effective_rank']:.0f}  "
-            f"{entry['images_per_second']:.0f} img/s")
-    text += "".join(f"  {name} {entry[name]:.1f} %" for name in PROBES if name in entry)
+    shown = {"loss": "loss {:.3f}", "loss_over_ln_k": " ({:.2f} ln K)",
+             "prototypes_used": "  prototypes {:.0%}", "effective_rank": "  rank {:.0f}",
+             "images_per_second": "  {:.0f} img/s",
+             **{probe: f"  {probe} {{:.1f}} %" for probe in PROBES}}
+    text = "".join(words.format(entry[name]) for name, words in shown.items() if name in entry)
     if entry["waited"] > 0.3:
         text += f"  input-bound {entry['waited']:.0%}: more --workers help"
     for fault in entry["bad"][:3]:

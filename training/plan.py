@@ -94,8 +94,8 @@ def kept_for_backward(trunk: nn.Module, size: int, dtype: torch.dtype) -> tuple[
         where.append(set())
 
     def leave(block, inputs, output):
-        mine = where.pop() - outside
-        inside[block] = sum(kept[storage] for storage in mine) + output.nbytes
+        storages = where.pop() - outside
+        inside[block] = sum(kept[storage] for storage in storages) + output.nbytes
 
     hooks = [hook for _, stage in stages_of(trunk) for block in stage for hook in (
         block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]

@@ -29,7 +29,7 @@ REMEDY = ("the last good checkpoint was kept: --init {0}/checkpoint.pt with anot
 class Verdict(NamedTuple):
     """On a step, the same on all ranks."""
     finite: bool                # the step counts
-    bad: bool                   # it does not, and float16's scaler is not the reason
+    bad: bool                   # not finite, and float16's loss scale is not the cause
     stop: bool                  # a signal came, to this rank or to another
 
 
@@ -52,7 +52,7 @@ class Rollback:
         overflow = (loss_finite and not gradients_finite and run.scaler.is_enabled()
                     and run.scaler.get_scale() > 1)
         finite = loss_finite and outputs_finite and (gradients_finite or overflow)
-        # where the outputs of a rank are not finite, the others notice by the codes alone
+        # a rank with outputs that are not finite spoils the codes of all ranks: its number is told
         origin = 0 if outputs_finite else run.world - run.rank
         stop, bad, overflow, self.origin = all_reduce_max(
             [self.signals.seen is not None, not finite, overflow, origin], run.device)

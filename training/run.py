@@ -17,7 +17,7 @@ from recipes.config import Config
 @dataclass
 class Run:
     """A step alone needs the first five."""
-    method: nn.Module                   # SwAV, or what else has its shape (methods/build.py)
+    method: nn.Module                   # SwAV, or another with its interface (methods/build.py)
     wrapped: nn.Module                  # the method as wrap gives it back: in DDP, or itself
     device: torch.device
     dtype: torch.dtype                  # of autocast
@@ -27,7 +27,7 @@ class Run:
     stream: Stream | None = None
     probe: Probe | None = None
     start: int = 0                      # steps done before
-    saved: int | None = None            # step of the checkpoint.pt that is there, where it is whole
+    saved: int | None = None            # step of an undamaged checkpoint.pt
     lock: object = None                 # the open file that keeps other runs out of the folder
     # what the next line of the log will tell; checkpoints hold it
     pending: dict = field(default_factory=lambda: {"bad": [], "bad_total": 0, "skipped": 0,

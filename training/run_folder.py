@@ -52,8 +52,8 @@ def open_folder(config: Config, num_images: int, given: Collection[str] | None =
 
 
 def lock(folder: Path):
-    """Keep a second run out of a folder, as long as the returned file is open; a crash opens it.
-    Raises ValueError where another process has it."""
+    """Keep a second run out of a folder, as long as the returned file is open; the lock ends with
+    the process. Raises ValueError where another process has it."""
     file = open(folder / ".lock", "w")
     if fcntl:
         try:

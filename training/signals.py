@@ -29,7 +29,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 are noted in `seen`. A second one has its usual effect.
+    """SIGTERM, SIGINT and SIGUSR1 are noted in `seen`. A second one has its default effect.
 
     Under torchrun a second signal counts only after GRACE seconds, for a scheduler may signal both
     torchrun and its ranks, and torchrun passes on what it gets. If torchrun dies, its ranks get a

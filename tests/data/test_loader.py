@@ -116,7 +116,7 @@ def test_steps_and_micro_batches_are_the_streams(micro_batch, number):
     stream = stream_of()
     with loader_of(stream, micro_batch) as batches:
         steps = list(batches)
-    assert [step for step, _ in steps] == [2, 3, 4] and batches.micro_batches == number
+    assert [step for step, _ in steps] == [2, 3, 4] and batches.per_step == number
     for step, micro_batches in steps:
         assert len(micro_batches) == number
         expected = AUGMENT.collate([stream[position] for position in range(8 * step, 8 * step + 8)])
