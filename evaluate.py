@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "library, an official name (python -m weights), or random")
     parser.add_argument("--data", default="", help="folder with train/ and val/, class folders or "
                         "lists train.txt, val.txt; of classify one folder of classes; of features "
-                        "and clusters any pictures, as train.py takes them; none: the demo's")
+                        "and clusters any images, as train.py takes them; none: the demo's")
     parser.add_argument("--arch", default="", help="of the network called random")
     parser.add_argument("--seed", type=int, default=0, help="of the network called random, of "
                         "draws and of training")
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     shown.add_argument("--size", type=int, default=0,
                        help="pixels; none: the size of the run's first crops, else 224")
     shown.add_argument("--crop-ratio", type=float, help="central square over short side; 0: the "
-                       "whole picture as a square; none: 0.875, demo 1, a fine-tuned network's own")
+                       "whole image as a square; none: 0.875, demo 1, a fine-tuned network's own")
     shown.add_argument("--bicubic", action=argparse.BooleanOptionalAction)
     add_options_of_protocols(parser)
     parser.add_argument("--device", default="", help="cuda, mps or cpu; none: the best one here")
@@ -81,7 +81,7 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--depths", type=numbers(str), default=["avgpool"],
                        help="one or several of res2 to res5 and avgpool: res4,res5,avgpool")
     group.add_argument("--shots", type=numbers(int), default=list(SHOTS),
-                       help="of lowshot: pictures a class")
+                       help="of lowshot: images a class")
     group.add_argument("--draws", type=int, default=5, help="of lowshot, for each number of shots")
     group.add_argument("--sgd", action="store_true", help="linear: VISSL's recipe")
     group = parser.add_argument_group("finetune, and linear --sgd")
@@ -91,13 +91,13 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
                        "--labels is given")
     group.add_argument("--epochs", type=float)
     group.add_argument("--batch-size", type=int)
-    group.add_argument("--lr", type=float, help="per 256 pictures of batch")
-    group.add_argument("--area", type=float, help="least share of a picture's area in a crop")
+    group.add_argument("--lr", type=float, help="per 256 images of batch")
+    group.add_argument("--area", type=float, help="least share of an image's area in a crop")
     group.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
     parser.add_argument("--classes", default="", help="classify: file of all class names, in order")
     group = parser.add_argument_group("pictures to look at")
     group.add_argument("--sheet", default="", help="knn: queries with their neighbours, right and "
-                       "wrong ones framed; clusters: pictures nearest to the largest ones; a PNG")
+                       "wrong ones framed; clusters: images nearest to the largest ones; a PNG")
     group.add_argument("--rows", type=int, default=16)
     group.add_argument("--columns", type=int, default=10)
 

@@ -29,7 +29,7 @@ Differs from the reference (facebookresearch/swav: torchvision transforms on PIL
       mean absolute difference    0.5    8.0    1.0    0.8    0.9    0.5
       largest difference          6.0    28.7   4.5    3.5    4.5    2.8
 
-- transparent pixels are laid on white; 16-bit pictures are scaled to 8 bits, not clipped;
+- transparent pixels are laid on white; 16-bit images are scaled to 8 bits, not clipped;
 - normalisation is ImageNet's (std 0.229, 0.224, 0.225); the reference's first number is 0.228.
 
 Shapes: N crops of one size, V crops of an image, P parameters of a crop's augmentation.
@@ -55,7 +55,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARAMS = ("flip", "brightness", "contrast", "saturation", "hue", "gray", "sigma",
           "brightness_turn", "contrast_turn", "saturation_turn", "hue_turn")
 NEUTRAL = (0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0)      # changes nothing
-MAX_PIXELS = 89_478_485                             # of a picture: where PIL begins to warn
+MAX_PIXELS = 89_478_485                             # of an image: where PIL begins to warn
 BLUR_RADIUS = 6                                     # pixels: three times the largest sigma
 
 

@@ -1,7 +1,7 @@
-"""Pretrain a RegNet with SwAV on a folder of pictures, as SEER was.
+"""Pretrain a RegNet with SwAV on a folder of images, as SEER was.
 
-    python train.py                                     # the demo pictures, two CPU cores, minutes
-    python train.py --data photos/                      # your own pictures; no labels needed
+    python train.py                                     # the demo images, two CPU cores, minutes
+    python train.py --data photos/                      # your own images; no labels needed
     torchrun --nproc_per_node 8 train.py --arch regnety_256gf --data photos/
 
 Papers: SwAV (arXiv 2006.09882), SEER (2103.01988, 2202.08360). The method is in swav.py,

@@ -1,12 +1,12 @@
-"""The built-in pictures: generated, deterministic, labelled for measuring only.
+"""The built-in images: generated, deterministic, labelled for measuring only.
 
-Every picture scatters things of one kind (rings, stars, spirals, ...) over clutter. Things differ
-in place, size, turn and colour within a picture as much as between pictures; only the kind is
-shared by all crops of a picture. So it is what SwAV (arXiv 2006.09882) can find without labels,
+Every image scatters things of one kind (rings, stars, spirals, ...) over clutter. Things differ
+in place, size, turn and colour within an image as much as between images; only the kind is
+shared by all crops of an image. So it is what SwAV (arXiv 2006.09882) can find without labels,
 while pixels and untrained features see mostly the rest.
 
-    pictures = DemoImages("train")                     # len(), [i] -> PNG bytes, .name(i), .labels
-    Image.open(io.BytesIO(pictures[7])).show()         # a picture of pictures.classes[7]
+    images = DemoImages("train")                     # len(), [i] -> PNG bytes, .name(i), .labels
+    Image.open(io.BytesIO(images[7])).show()         # an image of images.classes[7]
     held_out = DemoImages("val", count=1024, seed=0)
 
 Picture i is a pure function of (seed, split, i): the same in any order, process and count. Nothing
@@ -18,8 +18,8 @@ import io
 import numpy
 from PIL import Image, ImageDraw
 
-SPLITS = {"train": 4096, "val": 1024}      # pictures by default
-GRID = 3                                   # a picture shows about GRID x GRID things
+SPLITS = {"train": 4096, "val": 1024}      # images by default
+GRID = 3                                   # an image shows about GRID x GRID things
 KEEP = 0.85                                # share of them that is drawn
 CLUTTER = 4                                # stray lines behind them
 BACKGROUND, THING = (0, 64), (160, 256)    # ranges of each colour channel
@@ -75,7 +75,7 @@ OUTLINES = _outlines()
 
 
 def picture(outline: numpy.ndarray, rng: numpy.random.Generator, size: int) -> Image.Image:
-    """Things of one outline, scattered over a cluttered background -> an RGB picture."""
+    """Things of one outline, scattered over a cluttered background -> an RGB image."""
     side = 2 * size                        # drawn at twice the size, then halved: smooth edges
     cloud = rng.integers(*BACKGROUND, (5, 5, 3), dtype=numpy.uint8)
     image = Image.fromarray(cloud).resize((side, side), Image.Resampling.BICUBIC)
@@ -86,7 +86,7 @@ def picture(outline: numpy.ndarray, rng: numpy.random.Generator, size: int) -> I
     for line, colour in zip(lines.tolist(), rng.integers(0, 256, (CLUTTER, 3)).tolist()):
         draw.line(line, fill=tuple(colour), width=side // 40)
 
-    # a grid that overhangs the picture, shifted as a whole, each thing moved, sized and turned
+    # a grid that overhangs the image, shifted as a whole, each thing moved, sized and turned
     cell, count = side / GRID, (GRID + 1) ** 2
     rows, columns = numpy.divmod(numpy.arange(count), GRID + 1)
     place = columns + 1j * rows + (rng.uniform(-0.5, 0.5, 2) @ [1j, 1])
@@ -109,7 +109,7 @@ class DemoImages:
     def __init__(self, split: str = "train", count: int | None = None, seed: int = 0,
                  size: int = 64):
         if split not in SPLITS:
-            raise ValueError(f"no split {split!r} of the demo pictures, only {', '.join(SPLITS)}")
+            raise ValueError(f"no split {split!r} of the demo images, only {', '.join(SPLITS)}")
         self.split, self.seed, self.size = split, seed, size
         self.classes = list(OUTLINES)
         self.labels = numpy.arange(SPLITS[split] if count is None else count) % len(self.classes)
@@ -129,7 +129,7 @@ class DemoImages:
 
 
 def sheet(path: str, columns: int = 12, size: int = 64) -> None:
-    """Write a picture of pictures: a row a kind."""
+    """Write a sheet of the images, a row a kind."""
     pictures, gap = DemoImages(size=size), 2
     rows = len(pictures.classes)
     page = Image.new("RGB", (columns * (size + gap), rows * (size + gap)), "white")

@@ -30,17 +30,17 @@ def open_images(spec: str | os.PathLike):
     "shards/{000000..000999}.tar" -> dataset: len(), [i] -> bytes, .name(i), .labels, .classes.
 
     Paths of a list are relative to its folder. Raises ValueError where there is no such thing, or
-    no picture in it.
+    no image in it.
     """
     spec = os.fspath(spec)
     if os.path.isdir(spec):
-        return Files(spec, walk(spec), f"no pictures in {spec}: looked at all depths for "
+        return Files(spec, walk(spec), f"no images in {spec}: looked at all depths for "
                                        f"{', '.join(SUFFIXES)}")
     if spec.endswith(".tar") or not os.path.exists(spec) and (glob.has_magic(spec) or "{" in spec):
         return open_shards(spec)
     if os.path.isfile(spec):
         return Files(os.path.dirname(spec), read_list(spec), f"no paths in {spec}")
-    raise ValueError(f"no such folder, list or shards of pictures: {spec}")
+    raise ValueError(f"no such folder, list or shards of images: {spec}")
 
 
 def read_list(path: str) -> Iterator[bytes]:
@@ -133,7 +133,7 @@ def parse_size(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data.images",
-                                     description="Pack pictures into tar files.")
+                                     description="Pack images into tar files.")
     parser.add_argument("what", choices=["pack"])
     parser.add_argument("source", help="folder, list of paths, or shards")
     parser.add_argument("out", help="folder for 000000.tar, 000001.tar, ...")

@@ -57,7 +57,7 @@ def open_labelled(source: str | os.PathLike, classes: Sequence[str] = ()) -> Lab
         if any(len(line) < 2 for line in lines):
             raise ValueError(f"{source} has a line without a path and a label")
         images = Files(os.path.dirname(source), (os.fsencode(path.strip()) for path, _ in lines),
-                       f"no pictures in {source}")
+                       f"no images in {source}")
         names = [labels.split(",") for _, labels in lines]
     else:
         images = open_images(source)

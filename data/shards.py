@@ -1,18 +1,18 @@
 """Shards: images in tar files (WebDataset's layout), read in place and at random.
 
     images = open_shards("shards/{000000..000999}.tar")         # or "shards/*.tar"
-    images[123_456_789]                                         # the bytes of that picture
+    images[123_456_789]                                         # the bytes of that image
     pack(open_images("photos/"), "shards/", shard_size=10 ** 9)
 
-A tar file has no table of contents, so one is made, once: where each picture begins, and how long
-it is, 12 bytes a picture. It lies beside the shards (where that cannot be written, in the user's
+A tar file has no table of contents, so one is made, once: where each image begins, and how long
+it is, 12 bytes an image. It lies beside the shards (where that cannot be written, in the user's
 cache folder), is checked against the size and time of each shard, and is memory-mapped: a billion
-pictures cost no memory, and the worker processes share one map. Of a shard that has changed the
-entries are made anew. Members that are no pictures are passed over; nothing is ever unpacked, and
+images cost no memory, and the worker processes share one map. Of a shard that has changed the
+entries are made anew. Members that are no images are passed over; nothing is ever unpacked, and
 names inside, whatever they say, are only names.
 
-Index file: rows of three uint32 (blocks of 512 bytes before the picture's header; from there to its
-first byte; its length in bytes), then JSON: [shard's name, size, time in ns, pictures] for each
+Index file: rows of three uint32 (blocks of 512 bytes before the image's header; from there to its
+first byte; its length in bytes), then JSON: [shard's name, size, time in ns, images] for each
 shard; then 8 bytes, the JSON's length, and MAGIC.
 """
 import contextlib
@@ -82,10 +82,10 @@ class Shards:
         return Shards, (self.paths, self.index)
 
     def place(self, i: int) -> tuple[int, int, int, int]:
-        """Number of the shard, and in it the first bytes of the header and of the picture, and its
+        """Number of the shard, and in it the first bytes of the header and of the image, and its
         length."""
         if not 0 <= i < len(self):
-            raise IndexError(f"picture {i} of {len(self)}")
+            raise IndexError(f"image {i} of {len(self)}")
         before, header, size = map(int, self.rows[i])
         shard = int(numpy.searchsorted(self.ends, i, "right"))
         return shard, before * BLOCK, (before + header) * BLOCK, size
@@ -114,10 +114,10 @@ class Shards:
 
 
 def open_shards(spec: str) -> Shards:
-    """"shards/{000000..000999}.tar", a glob, or one tar file -> its pictures.
+    """"shards/{000000..000999}.tar", a glob, or one tar file -> its images.
 
     The first time, the index is made, in parallel, with a progress bar. Raises ValueError where
-    there is no such file, or no picture in any.
+    there is no such file, or no image in any.
     """
     paths = expand(spec)
     folder = os.path.dirname(os.path.abspath(paths[0]))
@@ -146,7 +146,7 @@ def open_shards(spec: str) -> Shards:
     else:
         raise ValueError(f"the index of {spec} cannot be written: {'; '.join(faults)}")
     if shards is None:
-        raise ValueError(f"no pictures in {spec}: looked in {len(paths)} tar files for "
+        raise ValueError(f"no images in {spec}: looked in {len(paths)} tar files for "
                          f"{', '.join(SUFFIXES)}")
     return shards
 
@@ -177,7 +177,7 @@ def expand(spec: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------ the index
 def read_footer(index: Path) -> list[list]:
-    """[shard's name, size, time, pictures] of an index. Raises ValueError for anything else."""
+    """[shard's name, size, time, images] of an index. Raises ValueError for anything else."""
     try:
         with open(index, "rb") as file:
             end = file.seek(-len(MAGIC) - 8, os.SEEK_END)
@@ -232,7 +232,7 @@ def make_index(index: Path, paths: list[str], wanted: list[list]) -> None:
         for path, shard in bar:
             rows, fault = (known[tuple(shard)], "") if tuple(shard) in known else next(scanned)
             if fault:
-                bar.write(f"{path}: {fault}; {len(rows)} pictures of it are used", file=sys.stderr)
+                bar.write(f"{path}: {fault}; {len(rows)} images of it are used", file=sys.stderr)
             file.write(rows.tobytes())
             shards.append([*shard, len(rows)])
         footer = json.dumps(shards).encode()
@@ -261,7 +261,7 @@ def as_it_is(x):
 
 
 def scan(path: str) -> tuple[numpy.ndarray, str]:
-    """A tar file, or several in a row -> the index's rows of its pictures, and what is wrong with
+    """A tar file, or several in a row -> the index's rows of its images, and what is wrong with
     it, if anything. What cannot be a header is passed over, up to the next one."""
     rows, faults, end, others = [], [], 0, 0
     try:
@@ -313,21 +313,21 @@ def damage(file, start: int) -> str:
 
 # -------------------------------------------------------------------------------------- packing
 def pack(images, out: str | os.PathLike, shard_size: int = 10 ** 9) -> list[Path]:
-    """Write pictures as they are into OUT/000000.tar, 000001.tar, ... of about shard_size bytes.
+    """Write images as they are into OUT/000000.tar, 000001.tar, ... of about shard_size bytes.
 
-    images: len(), [i] -> bytes, .name(i).  What cannot be read, or is not named like a picture, is
-    told and left out. The same pictures give the same bytes. Raises ValueError where OUT holds tar
+    images: len(), [i] -> bytes, .name(i).  What cannot be read, or is not named like an image, is
+    told and left out. The same images give the same bytes. Raises ValueError where OUT holds tar
     files already, and where there is nothing to write.
     """
     out, paths = Path(out), []
     if list(out.glob("*.tar")):
         raise ValueError(f"{out} holds tar files already; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    waiting = iter(tqdm(range(len(images)), unit="picture", desc=f"to {out}",
+    waiting = iter(tqdm(range(len(images)), unit="image", desc=f"to {out}",
                         mininterval=0.1 if sys.stderr.isatty() else 60))
     member = next_member(images, waiting)
     if member is None:
-        raise ValueError("no picture could be read: nothing is written")
+        raise ValueError("no image could be read: nothing is written")
     while member:
         path = out / f"{len(paths):06d}.tar"
         with tarfile.open(f"{path}.tmp", "w", format=tarfile.PAX_FORMAT) as tar:
@@ -344,7 +344,7 @@ def next_member(images, waiting) -> tuple[tarfile.TarInfo, io.BytesIO] | None:
         name = images.name(i).replace(os.sep, "/")
         try:
             if not is_picture(name):
-                raise ValueError(f"its name does not end like a picture's ({', '.join(SUFFIXES)})")
+                raise ValueError(f"its name does not end like an image's ({', '.join(SUFFIXES)})")
             data = images[i]
         except (OSError, ValueError) as error:
             tqdm.write(f"left out {name}: {error}", file=sys.stderr)

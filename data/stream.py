@@ -98,7 +98,7 @@ class Stream(Dataset):
                 return *self.transform(self.images[index], seed, position), faults
             except Exception as error:       # decoders raise nearly anything on damaged files
                 faults.append(fault_of(error, self.images.name(index)))
-        raise NoReadableImage(f"no readable picture: {MAX_TRIES} in a row failed, the last one "
+        raise NoReadableImage(f"no readable image: {MAX_TRIES} in a row failed, the last one "
                                 f"{faults[-1].name}: {faults[-1].detail}")
 
 

@@ -122,7 +122,7 @@ def extract(network: nn.Module, images: Sequence[tuple[Tensor, bool]],
         outputs = [torch.cat(parts) for parts in zip(*(out for out, _ in ranks if out))]
         ok = torch.cat([ok for _, ok in ranks])
     if not ok.any():
-        raise ValueError("no picture could be read")
+        raise ValueError("no image could be read")
     return outputs, ok
 
 

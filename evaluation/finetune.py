@@ -69,7 +69,7 @@ def _listed(images, path: str) -> list[int]:
         names = [os.path.basename(name) for name in names]
     missing = wanted - set(names)
     if missing or len(set(names)) < len(names):
-        raise ValueError(f"{path} names pictures that are not there, or not the only ones of that "
+        raise ValueError(f"{path} names images that are not there, or not the only ones of that "
                          f"name: {sorted(missing)[:3]}")
     return [i for i, name in enumerate(names) if name in wanted]
 

@@ -66,7 +66,7 @@ def linear_probe(features: Tensor, labels: Tensor, queries: Tensor,
     largest); then all of them are fitted with it. Raises ValueError for fewer than 5 images.
     """
     if len(features) < 5:
-        raise ValueError(f"linear needs at least 5 training pictures, not {len(features)}")
+        raise ValueError(f"linear needs at least 5 training images, not {len(features)}")
     mean, std = features.mean(0), features.std(0)
     std = torch.where(std > 1e-6 * std.max(), std, 1.0)      # a constant feature says nothing
     x, queries = (features - mean) / std, (queries - mean) / std

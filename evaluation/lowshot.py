@@ -108,7 +108,7 @@ def run(task: EvalTask) -> dict:
     smallest = int(train.labelled.targets.sum(0).min())
     skipped = [shots for shots in options.shots if shots > smallest]
     if skipped:
-        print(f"without {skipped} pictures a class: the smallest has {smallest}", file=sys.stderr)
+        print(f"without {skipped} images a class: the smallest has {smallest}", file=sys.stderr)
     for depth, features, queries in zip(options.depths, train.outputs, val.outputs):
         for shots in options.shots:
             if shots in skipped:
@@ -122,7 +122,7 @@ def run(task: EvalTask) -> dict:
             print(f"{depth}, {shots} a class: {rows[-1][what]:.2f} +- {rows[-1]['deviation']:.2f}",
                   file=sys.stderr)
     if not rows:
-        raise ValueError(f"the smallest class has {smallest} pictures, fewer than --shots")
+        raise ValueError(f"the smallest class has {smallest} images, fewer than --shots")
     best = max(rows, key=lambda row: (row["shots"], row[what]))
     return best | counts(train, val) | {"draws": options.draws, "skipped": skipped, "all": rows}
 

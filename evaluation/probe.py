@@ -58,7 +58,7 @@ class Probe:
         with ThreadPoolExecutor() as pool:
             seen = [one for one in pool.map(look, chosen) if one]
         if len(seen) < 2:
-            raise ValueError("a probe needs at least two pictures that can be read")
+            raise ValueError("a probe needs at least two images that can be read")
         crops, params, labels = zip(*seen)
         self.crops, self.params = torch.cat(crops), torch.cat(params)    # (N or 2N, 3, s, s)
         self.labels = torch.tensor(labels) if labelled else None

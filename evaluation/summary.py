@@ -2,7 +2,7 @@
 
     look_back(run)                                      # writes into run.out
     rows = {"trained trunk": {"knn": 61.3, "linear": 70.2}}
-    table("held-out demo pictures", rows)               # a line a row
+    table("held-out demo images", rows)               # a line a row
 
 Of a run on the demo images results.json holds, and a table shows, kNN and linear top-1 of raw
 pixels, of the untrained and of the trained trunk: the only place where a run's labels are read.
@@ -51,7 +51,7 @@ def look_back(run) -> None:
                               decode_once(held_out, **decode), torch.from_numpy(held_out.labels),
                               **options)
         write_whole(run.out / "results.json", json.dumps(rows, indent=2) + "\n")
-        table(f"{len(held_out):,} held-out demo pictures of {len(held_out.classes)} kinds", rows)
+        table(f"{len(held_out):,} held-out demo images of {len(held_out.classes)} kinds", rows)
     try:
         curves(run.out / "loss.png", [run.out])
     except ImportError as error:

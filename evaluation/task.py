@@ -123,7 +123,7 @@ class EvalTask:
         else they raise ValueError."""
         train, val = open_splits(self.options.data)
         if not multilabel and (train.multilabel or val.multilabel):
-            raise ValueError(f"{self.options.what} needs pictures with one label each")
+            raise ValueError(f"{self.options.what} needs images with one label each")
         return train, val
 
     def images(self):

@@ -75,7 +75,7 @@ def choose_recipe(given: dict, images) -> str:
         if len(images) < SMALL:
             return "small"
         if "arch" not in given:
-            raise ValueError(f"{len(images):,} pictures are more than recipe small is made for: "
+            raise ValueError(f"{len(images):,} images are more than recipe small is made for: "
                              "name a network for recipe seer (--arch regnety_16gf), or insist "
                              "(--recipe small)")
     return {None: "demo", "resnet50": "swav"}.get(given.get("arch"), "seer")
@@ -85,8 +85,8 @@ def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[obje
     """The recipe's name, and its options with their values and reasons."""
     recipe = choose_recipe(given, images)
     if recipe == "small":
-        pictures = survey(DemoImages() if images is None else images, decode)
-        return recipe, small(pictures, given, world)
+        surveyed = survey(DemoImages() if images is None else images, decode)
+        return recipe, small(surveyed, given, world)
     if recipe == "seer":
         return recipe, seer(given.get("arch", Config.arch))
     if recipe in SWAV:
@@ -101,7 +101,7 @@ def configure(given: dict, world: int = 1, images=None) -> Config:
     """Recipe and given options -> a complete configuration. Raises ValueError for a bad one.
 
     images: the dataset of --data; it decides the recipe where none is given, and recipe small
-    looks at its pictures.
+    looks at them.
     """
     return complete(given, world, *rule_for(given, world, images))
 
@@ -110,7 +110,7 @@ def explain(given: dict, world: int, images) -> str:
     """A run's settings, one a line: the recipe's with its reasons, then what else was given."""
     recipe, rule = rule_for(given, world, images)
     config = with_length(complete(given, world, recipe, rule), len(images))
-    lines = [f"recipe {recipe} for {len(images):,} pictures"]
+    lines = [f"recipe {recipe} for {len(images):,} images"]
     for name in [*rule, *sorted(set(given) - set(rule) - {"recipe", "data", "out"})]:
         value, reason = rule.get(name, (None, ""))
         if name in given or name in LENGTHS and LENGTHS & set(given):

@@ -63,22 +63,22 @@ def option(default, help: str, low=None, high=math.inf, choices=None):
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run. The defaults are SEER's (VISSL's configuration files)."""
-    data: str = option("", "pictures: a folder of any depth, a text file of paths, or tar files "
-                       "('shards/{000000..000999}.tar', 'shards/*.tar'); none: the demo pictures")
-    max_pixels: int = option(MAX_PIXELS, "of a picture; larger ones are replaced (PIL refuses "
+    data: str = option("", "images: a folder of any depth, a text file of paths, or tar files "
+                       "('shards/{000000..000999}.tar', 'shards/*.tar'); none: the demo images")
+    max_pixels: int = option(MAX_PIXELS, "of an image; larger ones are replaced (PIL refuses "
                              "twice this default)", 1, 2 * MAX_PIXELS)
     out: str = option("", "folder of the run; none: runs/RECIPE-ARCH")
     init: str = option("", "weights to start from: a file or an official name (python -m weights "
                        "lists them); none: random ones")
-    recipe: str = option("", "named set of defaults; none: small for fewer than 100,000 pictures "
+    recipe: str = option("", "named set of defaults; none: small for fewer than 100,000 images "
                          "of your own, seer for more or with --arch alone, else demo")
     arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS, or resnet50")
     # a given length replaces the recipe's; of several given, the shortest counts
     steps: int = option(0, "length of the run in optimizer steps", 0)
     epochs: float = option(0.0, "length of the run in passes over the data", 0)
-    images: int = option(0, "length of the run in pictures seen", 0)
-    batch_size: int = option(8192, "pictures per step over all ranks (SEER: 8192)", 2)
-    # pictures -> crops
+    images: int = option(0, "length of the run in images seen", 0)
+    batch_size: int = option(8192, "images per step over all ranks (SEER: 8192)", 2)
+    # images -> crops
     crops: tuple[CropSpec, ...] = option(
         "2x224+4x96", "COUNTxSIZE[@FROM-TO]+..., FROM-TO the share of the area")
     strength: float = option(1.0, "strength of the colour jitter (SwAV: 1)", 0)
@@ -101,7 +101,7 @@ class Config:
     queue_start: int = option(0, "step from which the queue is used, if full", 0)
     freeze_prototypes: int = option(313, "steps during which the prototypes stay as they began", 0)
     # optimizer
-    lr: float = option(0.3, "peak learning rate per 256 pictures of batch", 0)
+    lr: float = option(0.3, "peak learning rate per 256 images of batch", 0)
     final_lr: float = option(0.001, "last learning rate of the cosine, share of the peak", 0, 1)
     warmup: float = option(0.0655, "share of the run in which the learning rate rises", 0, 1)
     first_lr: float = option(0.0, "learning rate before the first step, share of the peak", 0, 1)
@@ -109,7 +109,7 @@ class Config:
     trust_coefficient: float = option(0.001, "LARC's step relative to a tensor's norm", 0)
     weight_decay: float = option(1e-5, "weight decay, BatchNorm and biases too (SwAV: 1e-6)", 0)
     # machine
-    micro_batch: int = option(0, "pictures a rank computes at once; 0: what its memory has room "
+    micro_batch: int = option(0, "images a rank computes at once; 0: what its memory has room "
                               "for (--plan)", 0)
     checkpoint_activations: bool | None = option(
         None, "activation checkpointing of each block; None: where memory is short without it")
@@ -123,9 +123,9 @@ class Config:
                           -1)
     seed: int = option(0, "seed of weights, order, crops and augmentations", 0)
     log_every: int = option(20, "steps between lines of log.jsonl", 1)
-    probe: str = option("", "folder of pictures to measure the trunk with while it trains: kNN "
+    probe: str = option("", "folder of images to measure the trunk with while it trains: kNN "
                         "where they are in class folders, else how often two augmented views of a "
-                        "picture find each other")
+                        "image find each other")
     probe_every: int = option(0, "steps between probes; 0: a twentieth of the run", 0)
     save_every: int = option(500, "steps between checkpoints", 1)
     keep: int = option(2, "checkpoints that stay, the newest", 1)
@@ -185,7 +185,7 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
     share = config.batch_size // world
     if config.micro_batch and share % config.micro_batch:
         fitting = max(n for n in range(1, min(config.micro_batch, share) + 1) if share % n == 0)
-        raise ValueError(f"--micro-batch {config.micro_batch} does not divide the {share} pictures "
+        raise ValueError(f"--micro-batch {config.micro_batch} does not divide the {share} images "
                          f"of a process; {fitting} does")
     for spec in config.crops:
         crops, pixel = (config.micro_batch or share) * spec.count, 2 ** (depth(config) + 1)
@@ -213,8 +213,8 @@ def check_ranges(config: Config) -> None:
 def check_crops(config: Config) -> None:
     """Raises ValueError for crops that SwAV, or the network, cannot take."""
     if sum(spec.count for spec in config.crops) < 2:
-        raise ValueError(f"--crops {config.text('crops')}: SwAV needs at least two crops of a "
-                         "picture")
+        raise ValueError(f"--crops {config.text('crops')}: SwAV needs at least two crops of "
+                         "an image")
     size, stages = min(spec.size for spec in config.crops), depth(config)
     if size <= 2 ** stages:
         # nothing to convolve; and oneDNN's bf16 gradient there is garbage (torch 2.11 and 2.15)
@@ -247,7 +247,7 @@ def unknown(what: str, name: str, known) -> str:
 
 
 def with_length(config: Config, num_images: int) -> Config:
-    """Resolve epochs and images into steps, once the number of pictures is known."""
+    """Resolve epochs and images into steps, once the number of images is known."""
     lengths = [config.steps, math.ceil(config.images / config.batch_size),
                math.ceil(config.epochs * num_images / config.batch_size)]
     steps = min((length for length in lengths if length > 0), default=0)

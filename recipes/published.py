@@ -12,7 +12,7 @@ from recipes.config import Config
 IMAGENET_MEAN, IMAGENET_STD = Config.mean, Config.std          # as text
 
 RECIPES = {
-    # 64-pixel pictures on two CPU cores in a few minutes
+    # 64-pixel images on two CPU cores in a few minutes
     "demo": dict(arch="regnety_100mf", steps=500, batch_size=128,
                  crops="2x64@0.25-1+4x32@0.08-0.25", strength=0.2, gray=0.0, blur=0.0,
                  head="256-64", head_bn=True, prototypes=64, epsilon=0.03, sinkhorn_iterations=3,
@@ -48,13 +48,13 @@ SWAV = {
 # of the released weights. What no public source says is assumed, and printed so.
 _ASSUMED = "assumed"
 _SEER_COMMON = {
-    "images": (1_000_000_000, "one pass over a billion pictures (paper)"),
+    "images": (1_000_000_000, "one pass over a billion images (paper)"),
     "crops": ("2x224+4x96", "VISSL"), "strength": (1.0, "VISSL's base for SwAV"),
     "gray": (0.2, "VISSL's base for SwAV"), "blur": (0.5, "VISSL's base for SwAV"),
     "mean": (IMAGENET_MEAN, "VISSL: ImageNet's"), "std": (IMAGENET_STD, "VISSL: ImageNet's"),
     "prototypes": (16000, "VISSL"),
     "sinkhorn_iterations": (10, "VISSL, names"), "temperature": (0.1, "VISSL"),
-    "queue": (0, "VISSL"), "lr": (0.3, "VISSL, per 256 pictures"), "momentum": (0.9, "VISSL"),
+    "queue": (0, "VISSL"), "lr": (0.3, "VISSL, per 256 images"), "momentum": (0.9, "VISSL"),
     "trust_coefficient": (0.001, "VISSL"), "freeze_prototypes": (313, "VISSL's base; " + _ASSUMED),
     "first_lr": (0.0625, "VISSL's base starts at 0.3; " + _ASSUMED),
 }

@@ -1,4 +1,4 @@
-"""Recipe `small`: a rule for sets of fewer than 100,000 pictures, with a reason for each setting.
+"""Recipe `small`: a rule for sets of fewer than 100,000 images, with a reason for each setting.
 
     rule = small(survey(open_images("photos/"), decode), given={})      # option -> (value, reason)
     print(remedies(config))                         # what to change where a run learns nothing
@@ -44,54 +44,54 @@ def survey(images, decode: Callable, sample: int = 128) -> Survey:
         gray.append(numpy.ptp(pixels, axis=2).mean() < 0.01)
         moments.append((pixels.mean((0, 1)), numpy.square(pixels).mean((0, 1))))
     if not moments:
-        raise NoReadableImage(f"no readable picture among {min(sample, len(images))}; {fault}")
+        raise NoReadableImage(f"no readable image among {min(sample, len(images))}; {fault}")
     mean, square = numpy.mean(moments, axis=0)                                       # each (3,)
     std = numpy.sqrt((square - mean ** 2).clip(0.05 ** 2))       # images of one shade: not 0
     return Survey(len(images), int(numpy.median(sides)), float(numpy.mean(gray)),
                   tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def small(pictures: Survey, given: dict, world: int = 1) -> dict[str, tuple[object, str]]:
-    """The rule for a set of fewer than 100,000 pictures: option -> its value, and the reason.
+def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[object, str]]:
+    """The rule for a set of fewer than 100,000 images: option -> its value, and the reason.
 
     given: the options given; the batch and the number of prototypes decide others.  world: number
     of processes, which divides the batch.  The numbers behind the reasons are in docs/collapse.md
-    and docs/results.md. Raises ValueError for fewer than 8 pictures.
+    and docs/results.md. Raises ValueError for fewer than 8 images.
     """
-    count, side = pictures.count, pictures.short_side
+    count, side = surveyed.count, surveyed.short_side
     if count < 8:
-        raise ValueError(f"{count} picture{'s' * (count > 1)} cannot be told apart by clusters; "
+        raise ValueError(f"{count} image{'s' * (count > 1)} cannot be told apart by clusters; "
                          "recipe small needs at least 8, and some hundreds to learn something")
     batch = given.get("batch_size") or max(2, min(128, count // 2) // world) * world
     most = min(max(128, count // 64), count // 4, 512)
     prototypes = given.get("prototypes") or 2 ** int(math.log2(most))
     queue = 0 if prototypes <= 2 * batch else math.ceil(2 * prototypes / batch - 1) * batch
     steps = max(400, round(25 * count / batch))
-    mean, std = (",".join(f"{x:.3f}" for x in values) for values in (pictures.mean, pictures.std))
+    mean, std = (",".join(f"{x:.3f}" for x in values) for values in (surveyed.mean, surveyed.std))
     if side < 48:
         crops = ("2x64@0.4-1+4x32@0.15-0.4",
-                 f"your pictures have {side} pixels: enlarged; larger areas (not measured)")
+                 f"your images have {side} pixels: enlarged; larger areas (not measured)")
     else:
         crops = ("2x64@0.25-1+4x32@0.08-0.25",
                  "seen in minutes by a small trunk; 2x128+4x64 shows more, at 4 times the cost")
     return {
         "arch": ("regnety_100mf", "learns in minutes on two processors; any other may be named"),
-        "batch_size": (batch, "half of the pictures, but at most 128: a step takes half a second"),
+        "batch_size": (batch, "half of the images, but at most 128: a step takes half a second"),
         "steps": (steps, "25 epochs, but at least 400 steps: all sets tried had left ln K by then"),
         "crops": crops,
         "strength": (0.2, "weak: it decides most. At SwAV's 1 small sets stay at ln K"),
         "strength_rise": (0.0, "constant: rising from 0.1 to 0.8 cost 4 to 8 points of kNN"),
-        "gray": (0.0, "your pictures are gray already" if pictures.gray > 0.5 else
-                 "colour tells pictures apart; gray 0.2 and blur 0.5 cost 4 points of kNN"),
+        "gray": (0.0, "your images are gray already" if surveyed.gray > 0.5 else
+                 "colour tells images apart; gray 0.2 and blur 0.5 cost 4 points of kNN"),
         "blur": (0.0, "so does detail, and crops of 32 pixels have little"),
-        "mean": (mean, "measured on a sample of your pictures"),
-        "std": (std, "measured on a sample of your pictures"),
+        "mean": (mean, "measured on a sample of your images"),
+        "std": (std, "measured on a sample of your images"),
         "head": ("256-64", "a small trunk needs no larger one (not measured)"),
         "head_bn": (True, "as SwAV; 4 points of kNN better than without"),
-        "prototypes": (prototypes, "a power of two: one to 64 pictures, but at least 128; at most "
-                                   "one to 4 pictures, and 512"),
-        "queue": (queue, "with the batch, two pictures to a prototype" if queue else
-                  "none: the batch has a picture for every two prototypes or more"),
+        "prototypes": (prototypes, "a power of two: one to 64 images, but at least 128; at most "
+                                   "one to 4 images, and 512"),
+        "queue": (queue, "with the batch, two images to a prototype" if queue else
+                  "none: the batch has an image for every two prototypes or more"),
         "epsilon": (0.03, "crisper codes than SwAV's 0.05 leave ln K sooner"),
         "sinkhorn_iterations": (3, "as SwAV"),
         "freeze_prototypes": (0, "a short run has no steps to give away"),

@@ -53,7 +53,7 @@ def test_modes_without_transparency_look_as_pil_shows_them(mode, format):
     assert decode(data).mode == "RGB"
     numpy.testing.assert_array_equal(numpy.asarray(decode(data)), numpy.asarray(expected))
     difference = numpy.asarray(decode(data), float) - numpy.asarray(image.convert("RGB"), float)
-    assert abs(difference).mean() < 6           # what JPEG may lose; an inverted picture is far off
+    assert abs(difference).mean() < 6           # what JPEG may lose; an inverted image is far off
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])

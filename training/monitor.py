@@ -83,7 +83,7 @@ class Monitor:
             self.report(step, loss, None if verdict.bad else outputs, faults, probing)
         seen, total = done * config.batch_size, pending["bad_total"]
         if total > MAX_BAD_SHARE * (seen + total) and total >= 10:
-            raise Stop(f"{total} pictures in {seen} could not be read, more than "
+            raise Stop(f"{total} images in {seen} could not be read, more than "
                        f"{MAX_BAD_SHARE:.0%}; {self.run.out}/log.jsonl names them")
         pending |= {"bad": [], "skipped": 0}
         self.logged, self.batches.waited = done, 0.0
@@ -115,20 +115,20 @@ class Monitor:
 def start_lines(run: Run) -> str:
     """What is about to be trained, on what."""
     config, world, count = run.config, run.world, len(run.stream.images)
-    source = config.data or "the built-in demo pictures (--data DIR trains on your own)"
+    source = config.data or "the built-in demo images (--data DIR trains on your own)"
     norms = ""
     if config.sync_bn_group > 1:
         group = sync_group(config.sync_bn_group, world, run.device)
         norms = (f"; BatchNorm over {group} ranks" if group > 1 else "; BatchNorm of each rank by "
                  f"itself: SyncBatchNorm over {config.sync_bn_group} needs CUDA and several ranks")
-    small = " (for fewer than 100,000 pictures; --explain gives its reasons)"
-    return (f"data: {count:,} pictures from {source}\n"
+    small = " (for fewer than 100,000 images; --explain gives its reasons)"
+    return (f"data: {count:,} images from {source}\n"
             f"recipe {config.recipe}{small * (config.recipe == 'small')}: {config.arch}, "
             f"crops {config.text('crops')}, head {config.text('head')}, "
             f"{config.prototypes} prototypes; ln K = {math.log(config.prototypes):.3f}\n"
             f"batch {config.batch_size} = {world} rank{'s' * (world > 1)} x "
             f"{config.batch_size // world // config.micro_batch} x {config.micro_batch}; "
-            f"lr {config.lr:g} per 256 pictures = {config.peak_lr():g}; {config.steps} steps = "
+            f"lr {config.lr:g} per 256 images = {config.peak_lr():g}; {config.steps} steps = "
             f"{config.steps * config.batch_size / count:.1f} epochs\n"
             f"{run.device}, {str(run.dtype).removeprefix('torch.')}"
             + "; activation checkpointing" * bool(config.checkpoint_activations)

@@ -141,7 +141,7 @@ def largest_micro_batch(cost: Cost, config: Config, checkpointing: bool, ranks: 
     fitting = next((n for n in range(room, 0, -1) if share % n == 0), 0)
     if 8 * fitting < room:
         good = 2 ** int(math.log2(room))
-        raise ValueError(f"--batch-size {config.batch_size} gives each process {share} pictures; "
+        raise ValueError(f"--batch-size {config.batch_size} gives each process {share} images; "
                          f"it has room for {room} at once, but no number from {fitting + 1} to "
                          f"that divides them; take {math.ceil(share / good) * good * ranks}")
     return fitting
@@ -165,7 +165,7 @@ def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype) -> Config:
     micro_batch = config.micro_batch or most[checkpointing]
     if not micro_batch:
         need = sum(memory(counted, config, 1, checkpointing, ranks, dtype).values())
-        raise ValueError(f"{config.arch} needs {need / 1e9:.0f} GB on every device for one picture "
+        raise ValueError(f"{config.arch} needs {need / 1e9:.0f} GB on every device for one image "
                          f"at a time, and {ROOM:.0%} of {limit / 1e9:.0f} GB are there; a smaller "
                          "--arch fits, or --micro-batch 1 tries all the same")
     return replace(config, micro_batch=micro_batch, checkpoint_activations=checkpointing)
@@ -225,9 +225,9 @@ def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memor
     return "\n".join([
         f"recipe {config.recipe}: {config.arch}, {counted.params / million:,.1f} M parameters "
         f"(trunk {counted.trunk_params / million:,.1f} M), crops {config.text('crops')}",
-        f"TFLOP a picture: {work(counted):.3f}, {work(counted, True):.3f} with activation "
+        f"TFLOP an image: {work(counted):.3f}, {work(counted, True):.3f} with activation "
         "checkpointing",
-        f"{seen:,} pictures in {config.steps:,} steps of {config.batch_size:,}, on {gpus} GPUs of "
+        f"{seen:,} images in {config.steps:,} steps of {config.batch_size:,}, on {gpus} GPUs of "
         f"{gpu_memory:g} GB and {tflops:g} TFLOP/s, of which {utilisation:.0%} is reached "
         "(assumed)",
         "", " " * 42 + "".join(f"{name:>18}" for name in columns), *lines])
@@ -260,8 +260,8 @@ def column(counted: Cost, config: Config, checkpointing: bool, gpus: int, gpu_me
     rate = gpus * tflops / spent
     sent = traffic(counted, config, micro_batch, checkpointing, gpus)
     return rows | {
-        "batch = GPUs x micro-batches x pictures": f"{gpus} x {micro_batches} x {micro_batch}",
-        "TFLOP a picture, all passes": f"{spent:.3f}",
-        "pictures/s": f"{rate:,.0f}",
+        "batch = GPUs x micro-batches x images": f"{gpus} x {micro_batches} x {micro_batch}",
+        "TFLOP an image, all passes": f"{spent:.3f}",
+        "images/s": f"{rate:,.0f}",
         "days": f"{config.steps * config.batch_size / rate / 86400:,.1f}",
         **{f"GB sent a step: {name}": f"{size / 1e9:.3f}" for name, size in sent.items()}}

@@ -46,7 +46,7 @@ def open_folder(config: Config, num_images: int, given: Collection[str] | None =
     state, config = resume(config, num_images, out, given)
     check_ranks(config, world)
     if len(set(gather_lists([(config, state["step"] if state else 0)]))) > 1:
-        raise ValueError(f"the ranks do not see the same pictures, or not the same "
+        raise ValueError(f"the ranks do not see the same images, or not the same "
                          f"{out}/checkpoint.pt; both must be shared")
     return held, state, config
 
@@ -81,7 +81,7 @@ def resume(config: Config, num_images: int, out: Path,
     known = {field.name for field in dataclasses.fields(Config)}
     old = Config(**{name: value for name, value in state["config"].items() if name in known})
     if state["num_images"] != num_images and old.data == config.data:
-        raise ValueError(f"{out} was trained on {state['num_images']} pictures and {config.data} "
+        raise ValueError(f"{out} was trained on {state['num_images']} images and {config.data} "
                          f"now holds {num_images}; restore them or choose another --out")
     changed = [name for name in known if name not in FREE
                and getattr(old, name) != getattr(config, name)]

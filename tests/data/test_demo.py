@@ -1,4 +1,4 @@
-"""demo.py: what the built-in pictures promise, and how hard and how easy they are."""
+"""demo.py: what the built-in images promise, and how hard and how easy they are."""
 import functools
 import io
 import math
@@ -24,14 +24,14 @@ from regnet import ARCHS, RegNet
 
 TRAIN, VAL = DemoImages("train"), DemoImages("val")
 CPU = torch.device("cpu")
-# pictures of each split that are looked at: a part at every change, all of them in a long test
+# images of each split that are looked at: a part at every change, all of them in a long test
 PARTS = pytest.mark.parametrize("train, val", [
     (768, 384), pytest.param(4096, 1024, marks=pytest.mark.long)])
 
 
 @functools.cache
 def decoded(split, count):
-    """The first pictures of a split, as CenterCrops gives them; and their labels."""
+    """The first images of a split, as CenterCrops gives them; and their labels."""
     images = DemoImages(split, count)
     crops = CenterCrops(images, 64, 1.0)
     return [crops[i] for i in range(count)], torch.from_numpy(images.labels)
@@ -91,7 +91,7 @@ def test_an_untrained_trunk_does_not_give_the_kind_away(seed, train, val):
 
 @pytest.mark.long
 def test_labels_make_them_easy():
-    """The demo's trunk, trained with labels for no more pictures than the demo run has crops."""
+    """The demo's trunk, trained with labels for no more images than the demo run has crops."""
     config = configure({})
     torch.manual_seed(0)
     trunk = RegNet(ARCHS["regnety_100mf"])

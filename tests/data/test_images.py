@@ -45,7 +45,7 @@ def test_a_folder_of_any_depth(tmp_path):
 def test_links_in_a_circle_and_names_that_are_no_text(tmp_path):
     write_pictures(tmp_path / "a", 2)
     (tmp_path / "a" / "up").symlink_to(tmp_path)
-    (tmp_path / "a" / "._0000.png").write_bytes(b"not a picture: macOS keeps notes here")
+    (tmp_path / "a" / "._0000.png").write_bytes(b"not an image: macOS keeps notes here")
     assert len(open_images(tmp_path)) == 2
     odd = os.fsencode(tmp_path / "a") + b"/caf\xe9.png"
     with open(odd, "wb") as file:
@@ -263,7 +263,7 @@ def test_names_are_bytes_in_one_tensor_that_processes_share(tmp_path):
 
 
 class Names:
-    """Position -> a picture's name's length: what a worker needs of the list."""
+    """Position -> an image's name's length: what a worker needs of the list."""
 
     def __init__(self, images):
         self.images = images

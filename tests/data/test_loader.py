@@ -183,7 +183,7 @@ def test_faults_are_gathered_in_the_order_of_the_stream(workers, micro_batch):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_that_cannot_be_read_at_all_end_the_loop(workers):
-    with pytest.raises(NoReadableImage, match="no readable picture"), \
+    with pytest.raises(NoReadableImage, match="no readable image"), \
             loader_of(stream_of(5, range(5)), workers=workers) as batches:
         next(iter(batches))
 

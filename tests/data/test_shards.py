@@ -35,7 +35,7 @@ def write_tar(path, members, format=tarfile.PAX_FORMAT):
 
 @pytest.fixture
 def three(tmp_path):
-    """Three shards of 3, 0 and 2 pictures, in WebDataset's layout."""
+    """Three shards of 3, 0 and 2 images, in WebDataset's layout."""
     folder = tmp_path / "shards"
     folder.mkdir()
     write_tar(folder / "000.tar", [(f"{i}.{kind}", f"{kind}{i}".encode()) for i in range(3)
@@ -160,16 +160,16 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(three, tmp_p
 
 @pytest.fixture
 def good(tmp_path):
-    """A tar file of four pictures, in 1536 bytes each: a header of 512, and 1000 of content."""
+    """A tar file of four images, in 1536 bytes each: a header of 512, and 1000 of content."""
     write_tar(tmp_path / "good.tar", [(f"{i}.jpg", bytes([i]) * 1000) for i in range(4)])
     return (tmp_path / "good.tar").read_bytes()
 
 
 @pytest.mark.parametrize("cut, words", [
-    (lambda good: good[:3 * 1536 + 600], "cut short; 4 pictures"),
-    (lambda good: good[:3 * 1536 + 100], "cut short; 3 pictures"),
+    (lambda good: good[:3 * 1536 + 600], "cut short; 4 images"),
+    (lambda good: good[:3 * 1536 + 100], "cut short; 3 images"),
     (lambda good: good[:3 * 1536] + b"x" * 512 + good[3 * 1536 + 512:], "damaged at byte 4608"),
-], ids=["in a picture", "in a header", "damaged"])
+], ids=["in an image", "in a header", "damaged"])
 def test_damaged_tar_files_give_what_they_hold(tmp_path, capsys, good, cut, words):
     (tmp_path / "bad.tar").write_bytes(cut(good))
     found = open_images(tmp_path / "bad.tar")
@@ -195,7 +195,7 @@ def test_a_picture_that_is_cut_short_is_a_fault(tmp_path, good):
 def test_what_are_no_shards_is_named(tmp_path, capsys, good):
     for name, data in (("none", b""), ("text", b"no tar" * 500), ("packed", gzip.compress(good))):
         (tmp_path / f"{name}.tar").write_bytes(data)
-        with pytest.raises(ValueError, match="no pictures in"):
+        with pytest.raises(ValueError, match="no images in"):
             open_images(tmp_path / f"{name}.tar")
     assert "a compressed one, which cannot be read at random" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no shards match"):

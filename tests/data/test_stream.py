@@ -149,7 +149,7 @@ def test_bad_pictures_are_replaced_and_named():
 
 
 def test_nothing_but_bad_pictures_is_an_error():
-    with pytest.raises(NoReadableImage, match=f"no readable picture: {MAX_TRIES} in a row") as one:
+    with pytest.raises(NoReadableImage, match=f"no readable image: {MAX_TRIES} in a row") as one:
         Stream(Memory(5, broken=range(5)), CROP, seed=1)[0]
     assert isinstance(one.value, ValueError)
 

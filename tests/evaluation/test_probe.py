@@ -59,7 +59,7 @@ def test_a_trunk_is_as_it_was(tmp_path):
     probe_of(tmp_path)(trunk)
     assert trunk.training and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in trunk.state_dict().items())
-    with pytest.raises(ValueError, match="at least two pictures"):
+    with pytest.raises(ValueError, match="at least two images"):
         (tmp_path / "one").mkdir()
         write_pictures(tmp_path / "one", 1)
         probe_of(tmp_path / "one")

@@ -52,7 +52,7 @@ def test_a_demo_is_compared_with_what_has_learned_nothing(tmp_path, capsys, monk
     rows = json.loads((tmp_path / "results.json").read_text())
     assert list(rows) == ["raw pixels, two by two", "untrained trunk", "trained trunk"]
     assert all(0 <= row[what] <= 100 for row in rows.values() for what in ("knn", "linear"))
-    assert "held-out demo pictures of 12 kinds, per cent" in capsys.readouterr().out
+    assert "held-out demo images of 12 kinds, per cent" in capsys.readouterr().out
     labels, truth = torch.from_numpy(train.labels), torch.from_numpy(val.labels)
     (x,), (q,) = (extract(run.method.trunk, CenterCrops(images, 16, 1.0))[0]
                   for images in (train, val))

@@ -35,7 +35,7 @@ def photos(tmp_path):
 
 
 class Many:
-    """A folder with a number of pictures that is not looked into."""
+    """A folder with a number of images that is not looked into."""
 
     def __init__(self, count):
         self.count = count
@@ -128,7 +128,7 @@ def test_options_that_are_written_as_text(option, text, value, written):
     (["--std=red"], "std 'red' is not RED,GREEN,BLUE"),
     (["--batch-size=0"], "--batch-size 0: needs at least 2"),
     (["--batch-size=8", "--micro-batch=3"],
-     "--micro-batch 3 does not divide the 8 pictures of a process; 2 does"),
+     "--micro-batch 3 does not divide the 8 images of a process; 2 does"),
     (["--micro-batch=1", "--crops=2x32+1x16"], "--micro-batch 1 with 1x16 in --crops: .*use 2"),
     (["--micro-batch=-1"], "--micro-batch -1: needs at least 0"),
     (["--epsilon=0"], "--epsilon 0.0: needs at least"), (["--lr=nan"], "--lr nan: needs"),
@@ -216,7 +216,7 @@ def test_the_recipe_follows_from_what_is_given(photos):
     assert choose_recipe({"data": "photos", "arch": "regnety_16gf"}, images) == "small"
     assert choose_recipe({"data": "photos", "recipe": "seer"}, images) == "seer"
     assert choose_recipe({"data": "many", "arch": "regnety_16gf"}, Many(100_000)) == "seer"
-    with pytest.raises(ValueError, match="100,000 pictures are more than .* name a network"):
+    with pytest.raises(ValueError, match="100,000 images are more than .* name a network"):
         choose_recipe({"data": "many"}, Many(100_000))
     config = configure({"data": "photos", "epochs": 1.0}, images=images)
     assert (config.recipe, config.arch) == ("small", "regnety_100mf")
@@ -229,7 +229,7 @@ def test_the_recipe_follows_from_what_is_given(photos):
 def test_explain_prints_the_rule_and_what_was_given_instead(photos, capsys):
     train.main([f"--data={photos}", "--explain", "--strength=0.7"])
     printed = capsys.readouterr().out
-    assert "recipe small for 30 pictures" in printed and "--crops 2x64" in printed
+    assert "recipe small for 30 images" in printed and "--crops 2x64" in printed
     line, = [line for line in printed.splitlines() if "--strength 0.7" in line]
     assert "given; the recipe has 0.2" in line
     train.main(["--explain", "--temperature=0.2", "--steps=7"])     # recipes of the table too

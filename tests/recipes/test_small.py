@@ -32,7 +32,7 @@ def test_a_survey_says_what_the_pictures_are_like(tmp_path):
         numpy.asarray(decode((tmp_path / f"{i}.png").read_bytes())).reshape(-1, 3)
         for i in range(8)]) / 255
     assert numpy.allclose(found.mean, pixels.mean(0), atol=0.01)
-    assert numpy.allclose(found.std, pixels.std(0), atol=0.1)     # smaller: pictures are resized
+    assert numpy.allclose(found.std, pixels.std(0), atol=0.1)     # smaller: images are resized
 
 
 def test_pictures_of_one_shade_have_a_deviation(tmp_path):
@@ -42,7 +42,7 @@ def test_pictures_of_one_shade_have_a_deviation(tmp_path):
 
 def test_a_set_without_a_readable_picture_is_refused(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no")
-    with pytest.raises(NoReadableImage, match="no readable picture among 1; broken.png: no p"):
+    with pytest.raises(NoReadableImage, match="no readable image among 1; broken.png: no p"):
         survey(open_images(tmp_path), decode)
 
 
@@ -67,13 +67,13 @@ def test_every_size_of_set_gets_a_recipe_with_reasons(count, given, world):
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_a_handful_of_pictures_is_refused(count):
-    with pytest.raises(ValueError, match=f"{count} pictures? cannot .* at least 8"):
+    with pytest.raises(ValueError, match=f"{count} images? cannot .* at least 8"):
         small(survey_of(count), {})
 
 
 @pytest.mark.parametrize("side, crops, gray, reason", [
     (47, "2x64@0.4-1+4x32@0.15-0.4", 0.6, "gray already"),
-    (48, "2x64@0.25-1+4x32@0.08-0.25", 0.5, "colour tells pictures apart")])
+    (48, "2x64@0.25-1+4x32@0.08-0.25", 0.5, "colour tells images apart")])
 def test_size_and_colour_of_the_pictures_count(side, crops, gray, reason):
     rule = small(survey_of(100, gray, side), {})
     assert rule["crops"][0] == crops and reason in rule["gray"][1]

@@ -58,7 +58,7 @@ def test_flops_of_training(arch, small, again, large):
 @pytest.mark.parametrize("arch, whole, stored, computed", of_sizes(
     [227, 319, 543, 766, 2068], [30, 41, 69, 95, 250], [21, 29, 46, 65, 174]))
 def test_activations(arch, whole, stored, computed):
-    """MiB a picture in bf16. Small parts that are kept once for a batch weigh half in two crops, so
+    """MiB an image in bf16. Small parts that are kept once for a batch weigh half in two crops, so
     the whole lies up to a per cent lower. With checkpointing the largest block is counted with its
     output's gradient, and the stored part without the output of the last block: the same sum."""
     of = cost_of(arch, BENCHMARK)
@@ -172,14 +172,14 @@ def test_the_micro_batch_is_the_largest_that_fits():
 
 def test_a_share_that_cannot_be_cut_is_refused():
     config = configure({"arch": "regnety_16gf", "batch_size": 8191})
-    with pytest.raises(ValueError, match="8191 pictures; it has room for 2.. at once, but no "
+    with pytest.raises(ValueError, match="8191 images; it has room for 2.. at once, but no "
                        "number from 2 to that divides them; take 8192"):
         plan.fit(config, 1, 80 * GB, torch.bfloat16)
 
 
 def test_a_network_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="regnety_10b needs 1[13][0-9] GB on every device for one "
-                       "picture at a time, and 90% of 80 GB are there; a smaller --arch"):
+                       "image at a time, and 90% of 80 GB are there; a smaller --arch"):
         fitted(80, "regnety_10b", ranks=8)
 
 
@@ -195,23 +195,23 @@ def test_a_plan_is_printed(arch, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"recipe seer: {arch}, ")
     for part in ("weights, float32", "gradients = communication buffers", "momentum",
-                 "activations of the trunk", "TFLOP a picture", "no checkpointing",
+                 "activations of the trunk", "TFLOP an image", "no checkpointing",
                  " checkpointing"):
         assert part in text
     assert ("does not fit" in text) == (arch == "regnety_10b")
-    assert ("pictures/s" in text) != (arch == "regnety_10b")
+    assert ("images/s" in text) != (arch == "regnety_10b")
 
 
 def test_the_plan_of_the_headline(capsys):
     train.main(["--plan"])
     text = capsys.readouterr().out
     rows = {line[:42].strip(): line[42:].split() for line in text.splitlines() if line[42:].strip()}
-    assert rows["batch = GPUs x micro-batches x pictures"][:5] == ["8", "x", "32", "x", "32"]
-    spent = float(rows["TFLOP a picture, all passes"][0])
+    assert rows["batch = GPUs x micro-batches x images"][:5] == ["8", "x", "32", "x", "32"]
+    spent = float(rows["TFLOP an image, all passes"][0])
     of = cost_of("regnety_256gf")
     assert spent == pytest.approx(plan.work(of, accumulating=True), abs=5e-4)
     rate = 8 * 790 * 0.4 / spent
-    assert float(rows["pictures/s"][0]) == pytest.approx(rate, abs=0.6)
+    assert float(rows["images/s"][0]) == pytest.approx(rate, abs=0.6)
     assert float(rows["days"][0]) == pytest.approx(1e9 / rate / 86400, abs=0.06)
     assert float(rows["GB sent a step: gradients"][0]) == pytest.approx(
         2 * 7 / 8 * 4 * of.params / GB, abs=6e-4)
@@ -236,15 +236,15 @@ def test_the_plans_of_the_docs_are_the_plans():
             assert cells[:-2] == [
                 rows["activations of the trunk"],
                 next(value for name, value in rows.items() if name.startswith("sum")),
-                rows["batch = GPUs x micro-batches x pictures"].removeprefix("8 x "),
-                rows["TFLOP a picture, all passes"], rows["pictures/s"], rows["days"]]
+                rows["batch = GPUs x micro-batches x images"].removeprefix("8 x "),
+                rows["TFLOP an image, all passes"], rows["images/s"], rows["days"]]
 
 
 def test_a_plan_follows_what_is_given(tmp_path, capsys):
     train.main(["--plan", "--arch=regnety_16gf", "--gpus=4", "--micro-batch=8", "--batch-size=256",
                 "--images=1000000"])
     text = capsys.readouterr().out
-    assert "1,000,192 pictures in 3,907 steps of 256, on 4 GPUs" in text and "4 x 8 x 8" in text
+    assert "1,000,192 images in 3,907 steps of 256, on 4 GPUs" in text and "4 x 8 x 8" in text
     assert not list(tmp_path.iterdir())
 
 
@@ -272,7 +272,7 @@ def test_a_plan_is_in_the_runs_precision(capsys):
     (["--gpus=3"], "--batch-size 8192 is not divisible by 3 processes"),
     (["--tflops=0"], "must be above 0"), (["--gpu-memory=nan"], "must be above 0"),
     (["--explain"], "not allowed with argument"), (["--utilisation=-1"], "must be above 0"),
-    (["--micro-batch=3"], "--micro-batch 3 does not divide the 1024 pictures of a process; 2 does"),
+    (["--micro-batch=3"], "--micro-batch 3 does not divide the 1024 images of a process; 2 does"),
     (["--arch=regnety_257gf"], "unknown arch"), (["--data=nowhere"], "no such folder")])
 def test_a_plan_that_cannot_be_made(argv, expected, capsys):
     with pytest.raises(SystemExit) as stop:

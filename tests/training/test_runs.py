@@ -209,8 +209,8 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(photos, tmp_path, capsy
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     for argv, expected in [
             ([f"--data={tmp_path / 'nowhere'}", *common], "no such folder"),
-            ([f"--data={tmp_path / 'empty'}", *common], "no pictures in"),
-            ([f"--data={broken}", *common], "no readable picture"),
+            ([f"--data={tmp_path / 'empty'}", *common], "no images in"),
+            ([f"--data={broken}", *common], "no readable image"),
             ([*good, "--arch=regnety_33gf"], "unknown arch 'regnety_33gf'; there is regnety_"),
             ([*good, "--recipe=sear"], "unknown recipe 'sear'; there is seer"),
             ([*good, "--crops=2x224+96"], "'96' is not COUNTxSIZE"),
@@ -219,7 +219,7 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(photos, tmp_path, capsy
             ([*good, "--crops=1x32"], "at least two crops"),
             ([*good, "--batch-size=0"], "--batch-size 0: needs at least 2"),
             ([*good, "--batch-size=8", "--micro-batch=3"],
-             "--micro-batch 3 does not divide the 8 pictures of a process; 2 does"),
+             "--micro-batch 3 does not divide the 8 images of a process; 2 does"),
             ([*good, "--gpus=4"], "--gpus: of --plan alone"),
             ([*good, "--micro-batch=1", "--crops=2x32+1x16"], "use 2"),
             ([*good, "--micro-batch=-1"], "--micro-batch -1: needs at least 0"),
@@ -277,7 +277,7 @@ def test_other_peoples_files_and_changed_folders_are_noticed(photos, tmp_path, c
     assert (tmp_path / "mine" / "trunk.pt").read_text() == (tmp_path / "file").read_text() == "mine"
     run(photos, tmp_path / "run", "--steps=4")
     (photos / "0001.jpg").unlink()
-    assert "was trained on 30 pictures" in refuse(capsys, *good, f"--out={tmp_path / 'run'}")
+    assert "was trained on 30 images" in refuse(capsys, *good, f"--out={tmp_path / 'run'}")
 
 
 def test_too_many_bad_pictures_end_the_run(tmp_path, capsys):
