@@ -1,4 +1,4 @@
-"""SwAV: learn features by predicting the cluster of one view of a picture from another view.
+"""SwAV: learn features by predicting the cluster of one view of an image from another view.
 
 Paper: "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (arXiv
 2006.09882); SEER (arXiv 2103.01988) is the same method on RegNets with 16,000 prototypes.
