@@ -30,9 +30,8 @@ def blocks(page, kind):
 
 
 def marked(page, items):
-    """Test cases; of the docs, and of several processes, marked long."""
-    quick = page == "README.md"
-    return [pytest.param(item, marks=[] if quick and not re.search("torchrun|evaluate.py", item)
+    """Test cases, marked long, for each starts a process; quick is one snippet of the README."""
+    return [pytest.param(item, marks=[] if page == "README.md" and "LARC" in item
                          else pytest.mark.long) for item in items]
 
 
