@@ -1,6 +1,6 @@
 """The README's and the docs' commands and snippets run as written, shortened by --steps.
 
-The README's are in the quick suite; those of docs/ are long."""
+All are long but for one snippet; the lengths of the pages and their links are quick."""
 import os
 import re
 import shlex
@@ -71,12 +71,6 @@ def checkout(tmp_path_factory):
 
 
 def run(folder, line):
-    result = start(folder, line)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def start(folder, line):
     words = shlex.split(line, comments=True)
     launcher = {"python": [sys.executable], "torchrun": [
         sys.executable, "-m", "torch.distributed.run", "--standalone"]}[words[0]]
@@ -87,29 +81,19 @@ def start(folder, line):
         words += [w for name, extra in SHORT.items() if name in line for w in extra]
     if "evaluate.py" in words:
         words += ["--workers", "0"] + ["--epochs", "2"] * ("finetune" in words)
-    return subprocess.run(launcher + words, cwd=folder, capture_output=True, text=True,
-                          timeout=300, env=environment(PYTHONPATH=""))
-
-
-@pytest.fixture(scope="module")
-def results(checkout):
-    """Command -> its result, as a future: those of the README, two at a time."""
-    pool = ThreadPoolExecutor(2)
-    lines = [case.values[0] for case in COMMANDS
-             if pytest.mark.long not in case.marks and "-m bench" not in case.values[0]]
-    return {line: pool.submit(start, checkout, line) for line in lines}
+    result = subprocess.run(launcher + words, cwd=folder, capture_output=True, text=True,
+                            timeout=300, env=environment(PYTHONPATH=""))
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_command(line, checkout, request):
+def test_command(line, checkout):
     if "-m bench" in line:
         pytest.skip("a benchmark: minutes, and no result to check")
-    quick = "long" not in request.keywords
-    result = (request.getfixturevalue("results")[line].result() if quick else
-              start(checkout, line))
-    assert result.returncode == 0, result.stderr
+    output = run(checkout, line)
     if "evaluate.py" in line:
-        assert result.stdout.splitlines()[-1].startswith("{")
+        assert output.splitlines()[-1].startswith("{")
 
 
 @pytest.mark.parametrize("block", SNIPPETS, ids=lambda block: block.splitlines()[-1][:30])
