@@ -1,9 +1,10 @@
 """Each file of the method works copied alone into an empty folder; its docstring's usage runs."""
-import os
 import shutil
-import subprocess
 import sys
 from itertools import dropwhile, takewhile
+from pathlib import Path
+
+import pytest
 
 from tests.helpers import ROOT, write_pictures
 
@@ -29,34 +30,33 @@ def usage(name):
     return "\n".join(line[4:] for line in takewhile(lambda line: line.startswith("    "), indented))
 
 
-ALONE = """
-import sys
-for name, needs, script in {cases!r}:
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """An empty folder to import from, without the project's own or any module of it."""
+    def modules_in(folder):
+        return [name for name, module in sys.modules.items()
+                if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder)]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(
+        path for path in sys.path if Path(path).resolve() != ROOT)])
+    for name in modules_in(ROOT):
+        monkeypatch.delitem(sys.modules, name)
+    yield tmp_path
+    for name in modules_in(tmp_path):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["regnet", "sinkhorn", "swav", "multicrop", "larc"])
+def test_a_file_of_the_method_works_alone(alone, name):
+    write_pictures(alone, 1, ".jpg", (300, 200))
+    (alone / "0000.jpg").rename(alone / "picture.jpg")
+    needs = {name, *(["sinkhorn"] if name == "swav" else [])}
     for file in needs:
-        sys.modules.pop(file, None)
-    sys.path[0] = name
-    try:
-        exec(script, {{}})
-    except Exception as error:
-        raise SystemExit(f"{{name}}: {{error!r}}")
-    assert not {{"data", "recipes", "train"}} & set(sys.modules), name
-    sys.path_importer_cache.clear()
-"""
-
-
-def test_the_files_of_the_method_work_alone(tmp_path):
-    """Each in a folder that holds nothing else, one folder after the other."""
-    write_pictures(tmp_path, 1, ".jpg", (300, 200))
-    (tmp_path / "0000.jpg").rename(tmp_path / "picture.jpg")
-    cases = []
-    for name in ("regnet", "sinkhorn", "swav", "multicrop", "larc"):
-        needs = [name, *(["sinkhorn"] if name == "swav" else [])]
-        (tmp_path / name).mkdir()
-        for file in needs:
-            shutil.copy(ROOT / f"{file}.py", tmp_path / name)
-        assert usage(name)
-        cases.append((name, needs, IMPORTS.format(name=name) + SETUP.get(name, "") + usage(name)))
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    result = subprocess.run([sys.executable, "-c", ALONE.format(cases=cases)], cwd=tmp_path,
-                            env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+        shutil.copy(ROOT / f"{file}.py", alone)
+    assert usage(name)
+    exec(IMPORTS.format(name=name) + SETUP.get(name, "") + usage(name), {})
+    for file in needs:
+        assert Path(sys.modules[file].__file__).parent == alone
+    loaded = {module.split(".")[0] for module in sys.modules}
+    assert not loaded & {"data", "recipes", "train", "distributed"}

@@ -1,6 +1,6 @@
 """The README's and the docs' commands and snippets run as written, shortened by --steps.
 
-All are long but for one snippet; the lengths of the pages and their links are quick."""
+All that start a process are long; quick are one snippet, in this process, and the requirements."""
 import os
 import re
 import shlex
@@ -29,19 +29,13 @@ def blocks(page, kind):
     return re.findall(rf"^```{kind}\n(.*?)^```", TEXTS[page], re.M | re.S)
 
 
-def marked(page, items):
-    """Test cases, marked long, for each starts a process; quick is one snippet of the README."""
-    return [pytest.param(item, marks=[] if page == "README.md" and "LARC" in item
-                         else pytest.mark.long) for item in items]
-
-
 COMMANDS, SEEN = [], set()
 for page in PAGES:
     lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
     new = [line for line in dict.fromkeys(lines) if line not in SEEN and "pip install" not in line]
-    COMMANDS += marked(page, new)
+    COMMANDS += new
     SEEN |= set(new)
-SNIPPETS = [case for page in PAGES for case in marked(page, blocks(page, "python"))]
+SNIPPETS = [block for page in PAGES for block in blocks(page, "python")]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +81,7 @@ def run(folder, line):
     return result.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command(line, checkout):
     if "-m bench" in line:
@@ -96,11 +91,17 @@ def test_command(line, checkout):
         assert output.splitlines()[-1].startswith("{")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("block", SNIPPETS, ids=lambda block: block.splitlines()[-1][:30])
 def test_snippet(block, checkout):
     result = subprocess.run([sys.executable, "-c", block], cwd=checkout, capture_output=True,
                             text=True, env=environment(PYTHONPATH=""))
     assert result.returncode == 0, result.stderr
+
+
+def test_a_step_of_your_own():
+    block, = (block for block in blocks("README.md", "python") if "LARC" in block)
+    exec(block, {})
 
 
 @pytest.mark.long

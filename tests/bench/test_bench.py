@@ -120,8 +120,9 @@ def test_results_are_added_to_those_that_are_there(tmp_path):
         ("start", 1.0), ("start", 2.0)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision, full", [
-    ("fp32", "float32"), pytest.param("bf16", "bfloat16", marks=pytest.mark.long)])
+    ("fp32", "float32"), ("bf16", "bfloat16")])
 def test_trunks_are_measured(precision, full, tmp_path, capsys):
     out = tmp_path / "bench.json"
     main(["trunk", "--arch=regnety_800mf", "--crops=1x48", "--micro-batch=2", "--repeats=1",
@@ -134,6 +135,7 @@ def test_trunks_are_measured(precision, full, tmp_path, capsys):
     assert "regnety_800mf, 2 images of 48" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_optimizer_and_sinkhorn_are_measured(tmp_path, capsys, monkeypatch):
     out = tmp_path / "bench.json"
     main(["optimizer", "--arch=regnety_200mf", "--repeats=1", "--device=cpu", f"--out={out}"])
