@@ -26,7 +26,8 @@ SIZES = ["regnety_32gf", "regnety_64gf", "regnety_128gf", "regnety_256gf", "regn
 def of_sizes(*columns):
     """A case a size, with its values of the columns; the quick suite has SEER's."""
     rows = zip(SIZES, *columns)
-    return [pytest.param(*row, marks=() if row[0] == "regnety_256gf" else pytest.mark.long) for row in rows]
+    return [pytest.param(*row, marks=() if row[0] == "regnety_256gf" else pytest.mark.long)
+            for row in rows]
 
 
 @pytest.fixture(autouse=True)
