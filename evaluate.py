@@ -35,6 +35,7 @@ from evaluation.lowshot import SHOTS
 from evaluation.supervised import RECIPES
 from evaluation.task import EvalTask, open_task
 from recipes.command_line import hyphens
+from weights.atomic import refuse_existing
 
 PROTOCOLS = {"knn": knn.run, "linear": linear.run, "lowshot": lowshot.run, "finetune": finetune.run,
              "classify": finetune.run_classify, "features": export.run_features,
@@ -98,6 +99,8 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pictures to look at")
     group.add_argument("--sheet", default="", help="knn: queries with their neighbours, right and "
                        "wrong ones framed; clusters: images nearest to the largest ones; a PNG")
+    group.add_argument("--force", action="store_true", help="replace the files of --sheet, and of "
+                       "clusters --out, where they are there")
     group.add_argument("--rows", type=int, default=16)
     group.add_argument("--columns", type=int, default=10)
 
@@ -107,6 +110,10 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("needs --size of at least 0, and --crop-ratio from 0 to 1")
     if min(options.rows, options.columns) < 1:
         raise ValueError("--rows and --columns must be at least 1")
+    if options.sheet:
+        refuse_existing(options.sheet, options.force)
+    if options.what == "clusters":
+        refuse_existing(options.out or "clusters.csv", options.force)
 
 
 def report(task: EvalTask, result: dict) -> None:

@@ -49,10 +49,19 @@ from recipes.config import Config, with_length
 from training.checkpoint import Saver, load_run_state, start_from
 from training.monitor import Monitor, start_lines, usage
 from training.plan import fit_ranks, plan_of
+from training.resume import open_folder, remembered
 from training.rollback import Rollback
 from training.run import Run
-from training.run_folder import lock, open_folder, write_config
-from training.signals import INTERRUPTED, Interrupted, Signals, Stop, leave_signals_to_the_parent
+from training.run_folder import lock, write_config
+from training.signals import (
+    INTERRUPTED,
+    Interrupted,
+    Signals,
+    StepDropped,
+    Stop,
+    leave_signals_to_the_parent,
+)
+from training.terminal import outlive_terminal
 
 
 def step_gradients(run: Run, step: int, micro_batches: list) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -92,7 +101,7 @@ def train(run: Run) -> None:
     config, method, optimizer, scaler = run.config, run.method, run.optimizer, run.scaler
     with Signals() as signals, open_loader(run) as batches, Saver(run) as saver, \
             Monitor(run, batches, saver) as monitor:
-        rollback = Rollback(run, signals)
+        rollback, done = Rollback(run, signals), run.start
         for step, micro_batches in batches:                 # augmented crops, on the device
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
@@ -100,11 +109,15 @@ def train(run: Run) -> None:
             monitor.draw_views(step, micro_batches)
             rollback.remember()
             optimizer.zero_grad(set_to_none=run.world == 1)     # views of DDP's buckets: they stay
-            loss, outputs = step_gradients(run, step, micro_batches)
+            try:
+                loss, outputs = step_gradients(run, step, rollback.watched(micro_batches))
+            except StepDropped:                             # a signal, between two micro-batches
+                rollback.undo()
+                break
             method.before_step(step)                        # SwAV: prototypes frozen at first
 
             scaler.unscale_(optimizer)
-            verdict = rollback.vote(step, loss, outputs)    # one all-reduce: finite? a signal?
+            verdict = rollback.vote(step, loss, outputs, saver.due())       # one all-reduce
             if verdict.finite:
                 scaler.step(optimizer)
                 method.after_step(step)                     # SwAV: prototypes to unit norm; queue
@@ -113,19 +126,20 @@ def train(run: Run) -> None:
             scaler.update()
 
             monitor.step(step, loss, outputs, verdict)
-            saver.step(step, force=verdict.stop)            # refuses weights that are not finite
+            done = step + 1
+            saver.step(done, force=verdict.save)            # refuses weights that are not finite
             if verdict.stop:
                 break
-        saver.finish()
-    if step + 1 < config.steps:
-        raise Interrupted(f"{signals.seen or 'a signal to another rank'} after step {step + 1}: "
-                          "the run is saved, and the same command goes on")
+        saver.finish(done)
+    if done < config.steps:
+        raise Interrupted(f"{signals.seen or 'a signal to another rank'} after step {done}: "
+                          f"{'the run is saved, and ' * bool(done)}the same command goes on")
 
 
 # ------------------------------------------------------------------------- what a run is made of
-def setup(config: Config, images, given=None) -> Run:
-    """Raises ValueError for what cannot be used, before any file is written. given: names of the
-    options on the command line (see run_folder.resume)."""
+def setup(config: Config, images, given=None, grow=False) -> Run:
+    """Raises ValueError for what cannot be used, before any file is written. given, grow: names of
+    the options on the command line, and whether --grow is there (see resume.resume)."""
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype = pick_precision(config.precision, device)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -133,10 +147,10 @@ def setup(config: Config, images, given=None) -> Run:
         init_process_group("nccl" if device.type == "cuda" else "gloo",
                            timedelta(minutes=60 if config.init else 10))
     rank, world = rank_and_world()
-    held, state, config = open_folder(with_length(config, len(images)), len(images), given)
+    held, state, config = open_folder(with_length(config, len(images)), images, given, grow)
     crop = MultiCrop(config.crops, config.strength_at, gray=config.gray, blur=config.blur,
                      max_pixels=config.max_pixels)
-    stream = Stream(images, crop, config.seed)
+    stream = Stream(images, crop, config.seed, config.grown_at)
     stream[0]                                   # a folder without one readable image fails here
     config = fit_ranks(config, device, dtype)
 
@@ -184,10 +198,10 @@ def fail(error: Exception) -> None:
     sys.exit(2)
 
 
-def launch(config: Config, images, given) -> Run:
+def launch(config: Config, images, given, grow) -> Run:
     """One run, from its setup to its last step."""
     try:
-        run = setup(config, images, given)
+        run = setup(config, images, given, grow)
     except (ValueError, OSError, dist.DistError) as error:
         fail(error)
     try:
@@ -217,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
             picture = Path(runs[0], "loss.png") if len(runs) == 1 else Path("loss.png")
             curves(picture, runs)
             return print(picture)
+        named, given = given.keys(), remembered(given, world) | given
         images = open_images(given["data"]) if given.get("data") else None
         if "plan" in asked:
             return print(plan_of(given, machine, images))
@@ -227,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:     # on all ranks alike: rank 0 prints
         sys.exit(2) if rank else fail(error)
     try:
-        run = launch(config, images, given.keys())
+        run = launch(config, images, named, "grow" in asked)
         barrier()               # leave together: a rank left behind was seen to hang in gloo
     finally:
         if dist.is_initialized():
@@ -241,4 +256,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main()

@@ -14,6 +14,7 @@ is kept; one takes under a millisecond to make. `python -m data.demo OUT.png` dr
 kind.
 """
 import io
+import os
 
 import numpy
 from PIL import Image, ImageDraw
@@ -117,6 +118,10 @@ class DemoImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def fingerprint(self) -> str:
+        return f"demo {self.split} {self.seed} {self.size} {len(self)}"
+
     def name(self, i: int) -> str:
         return f"{self.classes[self.labels[i]]}/{self.split}-{i:06d}.png"
 
@@ -141,4 +146,6 @@ def sheet(path: str, columns: int = 12, size: int = 64) -> None:
 
 if __name__ == "__main__":
     import sys
-    sys.exit("usage: python -m data.demo OUT.png") if len(sys.argv) != 2 else sheet(sys.argv[1])
+    if len(sys.argv) != 2 or os.path.lexists(sys.argv[1]):
+        sys.exit("usage: python -m data.demo OUT.png, a file that is not there yet")
+    sheet(sys.argv[1])

@@ -1,6 +1,7 @@
 """Images: a folder, a list of paths or tar shards, opened as one dataset of encoded images.
 
     images = open_images("photos/")                    # len(), [i] -> bytes, .name(i), .labels
+    images.fingerprint                                 # changes with the set
     python -m data.images pack photos/ shards/ --shard-size 1G          # into tar files (shards.py)
 
 No labels are read in training: `labels`, the numbers of the top folders, serve to measure
@@ -9,6 +10,7 @@ afterwards.
 import argparse
 import functools
 import glob
+import hashlib
 import os
 import re
 import stat
@@ -104,6 +106,13 @@ class Files:
             if status.st_size > MAX_BYTES:
                 raise OSError(f"{status.st_size:,} bytes, more than {MAX_BYTES:,}")
             return file.read()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of all names: the same for the same images, wherever their folder is."""
+        digest = hashlib.sha256(self._names.numpy())
+        digest.update(self._ends.numpy())
+        return digest.hexdigest()[:16]
 
     @functools.cached_property
     def _top_folders(self) -> list[str]:

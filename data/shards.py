@@ -78,6 +78,12 @@ class Shards:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the shards' names, sizes and numbers of images."""
+        text = json.dumps([[name, size, images] for name, size, _, images in self.shards])
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
     def __reduce__(self):                # to a worker process: it makes the same map
         return Shards, (self.paths, self.index)
 

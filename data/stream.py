@@ -74,20 +74,21 @@ class Stream(Dataset):
 
     images: len() and [i] -> bytes, .name(i).
     transform(bytes, seed, position) -> (crops, params), as a MultiCrop does.
+    first: position at which the images came in place of others, where an epoch begins.
     stream[position] -> (crops, params, faults), a Fault for each image replaced.
     Raises NoReadableImage when MAX_TRIES images in a row cannot be read.
     """
 
-    def __init__(self, images, transform: Callable, seed: int):
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images, transform: Callable, seed: int, first: int = 0):
+        self.images, self.transform, self.seed, self.first = images, transform, seed, first
 
     def index(self, position: int, attempt: int = 0) -> int:
         """Which image stands at a position; attempt > 0: which replaces it."""
         n = len(self.images)
-        epoch, offset = divmod(position, n)
+        epoch, offset = divmod(position - self.first, n)
         if attempt:
             return mix(self.seed, position, attempt) % n
-        return permute(offset, n, mix(self.seed, epoch))
+        return permute(offset, n, mix(self.seed, epoch + self.first))
 
     def __getitem__(self, position: int):
         faults = []

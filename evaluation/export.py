@@ -11,6 +11,7 @@ Shapes: B images of a batch, N of a set, C features, K prototypes.
 import csv
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy
@@ -40,16 +41,15 @@ def features(trunk: nn.Module, crops: CenterCrops, out: Path, about: dict, **opt
     for i in range(len(images)):
         names.update(images.name(i).encode(errors="surrogateescape") + b"\n")
     about = about | {"pictures": len(images), "names": names.hexdigest()}
-    if out.exists() and not (notes.exists() and json.loads(notes.read_text()) == about):
-        raise ValueError(f"{out} holds other features; choose another --out")       # on all ranks
+    check_own(out, notes, about)
     barrier()
-    if is_main() and not notes.exists():
+    if is_main() and not (notes.exists() and out.exists() and ok_file.exists()):
         out.parent.mkdir(parents=True, exist_ok=True)
-        open_npy(out, "w+", numpy.float32, (len(images), trunk.num_features))
-        open_npy(ok_file, "w+", numpy.int8, (len(images),))
+        notes.write_text(json.dumps(about) + "\n")      # first: what follows is known as ours
         with open(out.with_suffix(".txt"), "w", errors="surrogateescape") as file:
             file.writelines(images.name(i) + "\n" for i in range(len(images)))
-        notes.write_text(json.dumps(about) + "\n")
+        open_npy(ok_file, "w+", numpy.int8, (len(images),))
+        open_npy(out, "w+", numpy.float32, (len(images), trunk.num_features))
     barrier()
     rows, done = open_npy(out, "r+"), open_npy(ok_file, "r+")
     left = [i for i in my_share(len(images)) if not done[i]]
@@ -64,6 +64,20 @@ def features(trunk: nn.Module, crops: CenterCrops, out: Path, about: dict, **opt
     barrier()
     return {"out": str(out), "pictures": len(images), "features": rows.shape[1],
             "left_out": int((numpy.asarray(done) < 0).sum())}
+
+
+def check_own(out: Path, notes: Path, about: dict) -> None:
+    """Raises ValueError, on all ranks, where one of features' files is there that it did not write
+    for the same input."""
+    written = [path for path in (notes, out, out.with_suffix(".ok.npy"), out.with_suffix(".txt"))
+               if os.path.lexists(path)]
+    try:
+        own = json.loads(notes.read_text()) == about
+    except (OSError, ValueError):
+        own = False
+    if written and not own:
+        raise ValueError(f"{written[0]} is there, and does not belong to these features: choose "
+                         "another --out")
 
 
 class NearestPrototype(nn.Module):

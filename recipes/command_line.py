@@ -26,6 +26,8 @@ def parse_arguments(argv: list[str]) -> dict:
     swav = {name: value for name, (value, _) in SWAV["swav"].items()}
     recipes = {"seer": {}, "swav": swav, **RECIPES}     # a field's default is that of the 256GF
     for field in dataclasses.fields(Config):
+        if not field.metadata["help"]:
+            continue
         text, choices = field.metadata["help"], field.metadata["choices"]
         defaults = ", ".join(f"{name}: {recipe.get(field.name, field.default)}"
                              for name, recipe in recipes.items())
@@ -37,6 +39,9 @@ def parse_arguments(argv: list[str]) -> dict:
             kwargs |= dict(type=kind, choices=choices,
                            metavar=None if choices else kind.__name__.upper())
         parser.add_argument(flag(field.name), **kwargs)
+    parser.add_argument("--grow", action="store_true", default=argparse.SUPPRESS,
+                        help="go on with a run although images were added or removed; a new epoch "
+                             "begins")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--explain", action="store_true", default=argparse.SUPPRESS,
                          help="print the recipe's settings, with its reasons, and stop")
@@ -52,8 +57,8 @@ def parse_arguments(argv: list[str]) -> dict:
 
 def split_arguments(given: dict) -> tuple[dict, dict, dict]:
     """What parse_arguments gave -> the options of a run; what else is asked for (explain, plan,
-    plot); the machine of --plan. Raises ValueError for a machine without --plan."""
-    asked = {name: given[name] for name in ("explain", "plan", "plot") if name in given}
+    plot, grow); the machine of --plan. Raises ValueError for a machine without --plan."""
+    asked = {name: given[name] for name in ("explain", "plan", "plot", "grow") if name in given}
     machine = {name: given[name] for name in MACHINE if name in given}
     if machine and "plan" not in asked:
         raise ValueError(f"{', '.join(map(flag, machine))}: of --plan alone; a run takes the "

@@ -10,6 +10,7 @@ named set of defaults (published.py, small.py), and what a user gives wins over 
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass
 
 import numpy
@@ -123,11 +124,19 @@ class Config:
                           -1)
     seed: int = option(0, "seed of weights, order, crops and augmentations", 0)
     log_every: int = option(20, "steps between lines of log.jsonl", 1)
+    # a run that was changed; set when it is resumed
+    restart_lr: float = option(0.0, "of a finished run that a greater length extends: learning "
+                               "rate at which another half cosine begins, share of the peak; 0: "
+                               "the last rate stays", 0, 1)
+    extended_at: int = option(0, "", 0)         # step; not on the command line
+    grown_at: int = option(0, "", 0)            # position of the stream; not on the command line
     probe: str = option("", "folder of images to measure the trunk with while it trains: kNN "
                         "where they are in class folders, else how often two augmented views of a "
                         "image find each other")
     probe_every: int = option(0, "steps between probes; 0: a twentieth of the run", 0)
     save_every: int = option(500, "steps between checkpoints", 1)
+    save_minutes: float = option(10.0, "minutes after which a checkpoint is due all the same; 0: "
+                                 "by steps alone", 0)
     keep: int = option(2, "checkpoints that stay, the newest", 1)
     keep_every: int = option(0, "steps between checkpoints that stay for good; 0: none", 0)
     max_bad_steps: int = option(10, "steps in a row with a loss or gradient that is not finite, "
@@ -152,23 +161,27 @@ class Config:
         return self.lr * self.batch_size / 256
 
     def warmup_steps(self) -> int:
-        return round(self.warmup * self.steps)
+        return round(self.warmup * (self.extended_at or self.steps))
 
     def strength_at(self, position: int) -> float:
         """Strength of the colour jitter for the image at a position of the stream."""
-        progress = position // self.batch_size / max(1, self.strength_rise * self.steps)
+        steps = self.extended_at or self.steps
+        progress = position // self.batch_size / max(1, self.strength_rise * steps)
         rise = min(1.0, progress) if self.strength_rise else 1.0
         return self.strength_from + rise * (self.strength - self.strength_from)
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, then half a cosine, by step."""
-        warmup = self.warmup_steps()
+        """Linear warm-up, then half a cosine, by step. After extended_at another half cosine, from
+        restart_lr, or the last rate."""
+        warmup, floor = self.warmup_steps(), self.final_lr
         if step < warmup:
             rise = self.peak_lr() * (step + 1) / warmup
             return rise + self.first_lr * (self.peak_lr() - rise)
-        progress = (step - warmup) / max(1, self.steps - warmup)
-        floor = self.final_lr
-        return self.peak_lr() * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+        begin, end, top = warmup, self.extended_at or self.steps, 1.0
+        if 0 < self.extended_at <= step:
+            begin, end, top = self.extended_at, self.steps, self.restart_lr or floor
+        progress = (step - begin) / max(1, end - begin)
+        return self.peak_lr() * (floor + (top - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
@@ -192,7 +205,8 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
         if crops == 1 and spec.size <= pixel:
             raise ValueError(f"--micro-batch 1 with {spec.count}x{spec.size} in --crops: one crop "
                              "that ends as one pixel is no batch for BatchNorm; use 2")
-    return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}")
+    return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}",
+                               data=os.path.abspath(config.data) if config.data else "")
 
 
 def check_ranges(config: Config) -> None:

@@ -1,7 +1,8 @@
 """Checkpoints of a run: complete state in, complete state out, written in the background.
 
     saver = Saver(run)
-    saver.step(step)                                    # saves where the configuration says so
+    saver.step(done, force=saver.due())                 # saves where the configuration says so
+    saver.finish(done)
     load_run_state(run, state)
 
 `run_state` is a collective: every rank calls it, since each holds its own part of a method's queue.
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distributed.ranks import barrier, fail_together, gather_lists
-from training.rollback import REMEDY
+from training.rollback import NotFinite
 from training.run import Run
 from training.signals import Stop
 from weights.atomic import save
@@ -41,7 +43,7 @@ class Saver:
     """Saves a run where its configuration says so."""
 
     def __init__(self, run: Run):
-        self.run = run
+        self.run, self.saved, self.clock = run, run.start, time.monotonic()
         self.writer = Writer(run.out, run.config.keep, run.config.keep_every, run.saved)
 
     def __enter__(self) -> "Saver":
@@ -50,21 +52,29 @@ class Saver:
     def __exit__(self, *_) -> None:
         self.writer.wait()
 
-    def step(self, step: int, force: bool = False) -> None:
-        """Save after this step if it is its turn, if it is the last, or by force. Raises Stop where
-        a weight is not finite, which is so on all ranks alike."""
-        run, done = self.run, step + 1
-        if not (done % run.config.save_every == 0 or done == run.config.steps or force):
+    def due(self) -> bool:
+        """Whether save_minutes have passed since the last save, by rank 0's clock."""
+        minutes = (time.monotonic() - self.clock) / 60
+        return self.run.rank == 0 and minutes >= self.run.config.save_minutes > 0
+
+    def step(self, done: int, force: bool = False) -> None:
+        """Save after so many steps if it is their turn, or by force. Raises Stop where a weight is
+        not finite, which is so on all ranks alike."""
+        run = self.run
+        if not (done % run.config.save_every == 0 or force):
             return
         norms = torch.stack(torch._foreach_norm(list(run.method.parameters())))
         if not norms.isfinite().all():
-            raise Stop(f"the weights are not finite at step {done}; {REMEDY.format(run.out)}")
-        state = run_state(run, done)
+            raise NotFinite(f"the weights are not finite at step {done}", run.out)
+        state, self.saved, self.clock = run_state(run, done), done, time.monotonic()
         if run.rank == 0:
             self.writer.save(state, run.method.trunk.state_dict())
 
-    def finish(self) -> None:
-        """Wait until the last save is on the disk, on all ranks. Raises Stop where it failed."""
+    def finish(self, done: int) -> None:
+        """Save what is not saved yet, and wait until it is on the disk, on all ranks. Raises Stop
+        where that failed."""
+        if done > self.saved:
+            self.step(done, force=True)
         self.writer.wait()
         if self.writer.error:
             raise Stop(f"{self.writer.error}; {self.run.out} holds the run as it was before")
@@ -74,7 +84,7 @@ class Saver:
 class Writer:
     """Saves in the background, from a snapshot: training waits for the copy alone.
 
-    trunk.pt, then checkpoint.pt, whose predecessor stays as checkpoint-STEP.pt: of these the last
+    trunk.pt, and checkpoint.pt, whose predecessor stays as checkpoint-STEP.pt: of these the last
     `keep` - 1, and every one whose step is a multiple of `keep_every`. A save that fails leaves
     all as it was; `error` says why, until one succeeds, and `errors` all that went wrong.
     """
@@ -109,8 +119,10 @@ class Writer:
 
     def _write(self, state: dict, trunk: dict) -> None:
         last = self.folder / "checkpoint.pt"
+        product, first = self.folder / "trunk.pt", self.step is None
         try:
-            save(self.folder / "trunk.pt", trunk)
+            if not first:               # else after it: no product is without its checkpoint
+                save(product, trunk)
             if self.step is not None and last.exists():
                 kept = self.folder / f"checkpoint-{self.step:09d}.pt"
                 kept.unlink(missing_ok=True)
@@ -119,6 +131,8 @@ class Writer:
                 except OSError:         # not every file system has links
                     shutil.copyfile(last, kept)
             save(last, state)           # last: with it, the step counts
+            if first:
+                save(product, trunk)
             self.step, self.error = state["step"], ""
             for path in newest(self.folder)[max(1, self.keep):]:
                 step = int(path.stem.partition("-")[2])
@@ -145,7 +159,8 @@ def run_state(run: Run, step: int) -> dict:
     holds a part of it, and a run may go on with another number of ranks.
     """
     state = {"version": VERSION, "step": step, "config": run.config.as_dict(),
-             "num_images": len(run.stream.images), "model": run.method.state_dict(),
+             "num_images": len(run.stream.images), "fingerprint": run.stream.images.fingerprint,
+             "model": run.method.state_dict(),
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
     if queue := getattr(run.method, "queue", None):
         parts = [queue.embeddings]
@@ -160,8 +175,9 @@ def run_state(run: Run, step: int) -> dict:
 
 
 def load_run_state(run: Run, state: dict) -> None:
-    """The way back from run_state. state["last"]: whether it is that of checkpoint.pt. Raises
-    ValueError where the network is another one."""
+    """The way back from run_state. state["last"]: whether it is that of checkpoint.pt. A trunk.pt
+    that is gone is written again; that of a finished run that is extended stays under another name.
+    Raises ValueError where the network is another one."""
     try:
         run.method.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -174,7 +190,15 @@ def load_run_state(run: Run, state: dict) -> None:
         queue.embeddings = embeddings.to(run.device)
         queue.filled = state["queue"]["filled"] // run.world
     run.start, run.saved = state["step"], state["step"] if state["last"] else None
-    run.pending |= state["pending"] | ({} if run.rank == 0 else {"bad": []})
+    run.pending |= state["pending"] | {"events": state["events"]}
+    product = run.out / "trunk.pt"
+    if run.rank:
+        run.pending["bad"] = []
+    elif not product.exists():
+        save(product, run.method.trunk.state_dict())
+    elif run.config.extended_at == run.start:
+        earlier = run.out / f"trunk-{run.start}.pt"
+        earlier.exists() or shutil.copyfile(product, earlier)
 
 
 def start_from(source: str, method: nn.Module, rank: int) -> None:

@@ -85,7 +85,7 @@ class Monitor:
         if total > MAX_BAD_SHARE * (seen + total) and total >= 10:
             raise Stop(f"{total} images in {seen} could not be read, more than "
                        f"{MAX_BAD_SHARE:.0%}; {self.run.out}/log.jsonl names them")
-        pending |= {"bad": [], "skipped": 0}
+        pending |= {"bad": [], "skipped": 0, "events": []}
         self.logged, self.batches.waited = done, 0.0
 
     def report(self, step: int, loss: Tensor, outputs: tuple[Tensor, ...] | None, faults: list,
@@ -102,6 +102,8 @@ class Monitor:
                   "memory_gb": peak_memory(run.device) / 1e9}
         if probing:
             entry |= run.probe(run.method.trunk)
+        if run.pending["events"]:
+            entry["events"] = run.pending["events"]
         entry["failed_saves"] = self.saver.writer.take_errors()
         self.log.write(entry, faults)
         self.board = scalars(self.board, entry)
@@ -134,7 +136,8 @@ def start_lines(run: Run) -> str:
             + "; activation checkpointing" * bool(config.checkpoint_activations)
             + "; compiled: the first step takes its time" * config.compile
             + norms + f"; run folder {config.out}"
-            + (f"; resumed after step {run.start}" if run.start else ""))
+            + (f"; resumed after step {run.start}" if run.start else "")
+            + "".join(f"\n{event}" for event in run.pending["events"]))
 
 
 def progress(steps: tqdm, entry: dict, config: Config) -> None:

@@ -1,9 +1,10 @@
-"""Rollback: a step with a loss or gradient that is not finite leaves no trace, on any rank.
+"""Rollback: a step that is not finite, or was interrupted, leaves no trace, on any rank.
 
     rollback = Rollback(run, signals)
     for step in steps:
         rollback.remember()
-        loss, outputs = ...                             # forward, backward
+        for crops in rollback.watched(micro_batches):   # StepDropped between two, after a signal
+            loss, outputs = ...                         # forward, backward
         verdict = rollback.vote(step, loss, outputs)    # one all-reduce
         if verdict.finite:
             optimizer.step()
@@ -13,6 +14,8 @@
 Weights and momentum are as before because the optimizer's step is left out; what a forward pass
 changes, BatchNorm's running statistics, is copied before and put back.
 """
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,10 +23,7 @@ from torch import Tensor, nn
 
 from distributed.ranks import all_reduce_max
 from training.run import Run
-from training.signals import Signals, Stop
-
-REMEDY = ("the last good checkpoint was kept: --init {0}/checkpoint.pt with another --out and a "
-          "lower --lr, or --precision fp32")
+from training.signals import Signals, StepDropped, Stop
 
 
 class Verdict(NamedTuple):
@@ -31,6 +31,7 @@ class Verdict(NamedTuple):
     finite: bool                # the step counts
     bad: bool                   # not finite, and float16's loss scale is not the cause
     stop: bool                  # a signal came, to this rank or to another
+    save: bool = False          # it is time to save
 
 
 class Rollback:
@@ -44,8 +45,17 @@ class Rollback:
         for copy, buffer in zip(self.copies, self.buffers):
             copy.copy_(buffer)
 
-    def vote(self, step: int, loss: Tensor, outputs: tuple[Tensor, ...]) -> Verdict:
-        """Whether a step counts. note: a sync point and, with several ranks, a collective."""
+    def watched(self, micro_batches: Sequence) -> "Watched":
+        """Raises StepDropped between two of them once a signal has come, to this rank or to
+        another. note: several micro-batches make each of them a collective."""
+        def signalled():
+            return all_reduce_max([self.signals.seen is not None], self.run.device)[0]
+        return Watched(micro_batches, signalled)
+
+    def vote(self, step: int, loss: Tensor, outputs: tuple[Tensor, ...],
+             save: bool = False) -> Verdict:
+        """Whether a step counts; save: whether this rank finds that it is time to. note: a sync
+        point and, with several ranks, a collective."""
         run, self.step = self.run, step
         loss_finite, outputs_finite, gradients_finite = all_finite(loss, outputs[0], run.method)
         # a scale that is too large for float16 is no fault: the scaler lowers it
@@ -54,13 +64,13 @@ class Rollback:
         finite = loss_finite and outputs_finite and (gradients_finite or overflow)
         # a rank with outputs that are not finite spoils the codes of all ranks: its number is told
         origin = 0 if outputs_finite else run.world - run.rank
-        stop, bad, overflow, self.origin = all_reduce_max(
-            [self.signals.seen is not None, not finite, overflow, origin], run.device)
+        stop, bad, overflow, self.origin, save = all_reduce_max(
+            [self.signals.seen is not None, not finite, overflow, origin, save], run.device)
         if not (bad or overflow):
             run.pending["in_a_row"] = 0
         run.pending["skipped"] += bool(bad)
         run.pending["in_a_row"] += bool(bad)
-        return Verdict(not (bad or overflow), bool(bad), bool(stop))
+        return Verdict(not (bad or overflow), bool(bad), bool(stop), bool(save))
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -70,9 +80,41 @@ class Rollback:
             buffer.copy_(copy)
         if run.pending["in_a_row"] >= run.config.max_bad_steps:
             where = f" on rank {run.world - int(self.origin)}" * (self.origin > 0)
-            raise Stop(f"{run.pending['in_a_row']} steps in a row, the last of them "
-                       f"{self.step + 1}, had a loss or gradients that are not finite{where}; "
-                       f"{REMEDY.format(run.out)}")
+            raise NotFinite(f"{run.pending['in_a_row']} steps in a row, the last of them "
+                            f"{self.step + 1}, had a loss or gradients that are not finite{where}",
+                            run.out)
+
+
+class Watched:
+    """The micro-batches of a step, which end with StepDropped where `signalled()` says so."""
+
+    def __init__(self, micro_batches: Sequence, signalled: Callable[[], float]):
+        self.micro_batches, self.signalled = micro_batches, signalled
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator:
+        for crops in self.micro_batches:
+            if len(self) > 1 and self.signalled():
+                raise StepDropped
+            yield crops
+
+
+class NotFinite(Stop):
+    """With what to do: its text is made when it is read, for the last save may still be on its way
+    when it is raised."""
+
+    def __init__(self, what: str, out: Path):
+        super().__init__(what)
+        self.out = out
+
+    def __str__(self) -> str:
+        kept = "no checkpoint was saved yet: begin again with"
+        if (self.out / "checkpoint.pt").exists():
+            kept = (f"the last good checkpoint was kept: --init {self.out}/checkpoint.pt with "
+                    "another --out and")
+        return f"{super().__str__()}; {kept} a lower --lr, or --precision fp32"
 
 
 def all_finite(loss: Tensor, outputs: Tensor, model: nn.Module) -> list[bool]:

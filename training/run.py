@@ -31,7 +31,7 @@ class Run:
     lock: object = None                 # the open file that keeps other runs out of the folder
     # what the next line of the log will tell; checkpoints hold it
     pending: dict = field(default_factory=lambda: {"bad": [], "bad_total": 0, "skipped": 0,
-                                                   "in_a_row": 0})
+                                                   "in_a_row": 0, "events": []})
 
     def __post_init__(self):
         self.rank, self.world = rank_and_world()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from weights.atomic import save
+from weights.atomic import refuse_existing, save
 from weights.files import Loaded, read, state_dict_of
 from weights.load import describe
 from weights.names import TARGETS, from_ours, to_ours
@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
                                      description="What is in a file of weights, and conversion.")
     parser.add_argument("source", nargs="?", help="a file, a run's folder, a URL or an official "
                                                   "name; without it, the official files are listed")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
     parser.add_argument("--to", nargs=2, metavar=("LAYOUT", "OUT"),
                         help="also write the weights to OUT, with the names of LAYOUT: "
                              + ", ".join(TARGETS))
@@ -90,7 +91,11 @@ def main(argv: list[str] | None = None) -> None:
         loaded = read(args.source)
         print(summary(loaded))
         if args.to:
-            write(loaded.tensors, args.to[0], Path(args.to[1]))
+            out = Path(args.to[1])
+            refuse_existing(out, args.force)
+            if out.exists() and out.samefile(loaded.path):
+                raise ValueError(f"{out} is the source itself")
+            write(loaded.tensors, args.to[0], out)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"weights: error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

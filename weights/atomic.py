@@ -89,6 +89,12 @@ def load(path: str | os.PathLike):
         raise ValueError(f"{path} is damaged, or not a checkpoint ({reason})") from None
 
 
+def refuse_existing(path: str | os.PathLike, force: bool = False) -> None:
+    """Raises ValueError where there is a file already, which only --force replaces."""
+    if os.path.lexists(path) and not force:
+        raise ValueError(f"{path} is there already: choose another name, or add --force")
+
+
 def write_whole(path: Path, text: str) -> None:
     """All or nothing: a crash leaves the old file or the new one."""
     aside = path.with_suffix(".tmp")
