@@ -159,18 +159,29 @@ class Training:
         self.best = [max(pair) for pair in zip(self.last, self.best or self.last)]
 
     def save(self, out: Path, settings: dict) -> None:
-        if max(self.last) == max(self.best):
-            save(out / "best.pt", self.model.tensors())
-        save(out / "last.pt", self.model.tensors())
+        """checkpoint.pt first: no product is without its checkpoint."""
         save(out / "checkpoint.pt", {
             "version": VERSION, "settings": settings, "step": self.step, "best": self.best,
             "last": self.last, "counted": self.counted, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
+        self.save_products(out)
 
-    def resume(self, out: Path, settings: dict) -> None:
-        """Go on from OUT/checkpoint.pt, where there is one. Raises ValueError where it is not of
-        these settings."""
+    def save_products(self, out: Path) -> None:
+        if max(self.last) == max(self.best):
+            save(out / "best.pt", self.model.tensors())
+        save(out / "last.pt", self.model.tensors())
+
+    def resume(self, out: Path, settings: dict, notes: str) -> None:
+        """Go on from OUT/checkpoint.pt, where there is one. notes: of config.json. Raises
+        ValueError where it is not of these settings, or where there is none and other files would
+        be replaced."""
         if not (out / "checkpoint.pt").exists():
+            names = "best.pt", "last.pt", "config.json"
+            there = [name for name in names if (out / name).exists()]
+            if there and not (there == ["config.json"]
+                              and (out / "config.json").read_text() == notes):
+                raise ValueError(f"{out} holds a {there[0]}, and no checkpoint to go on from: "
+                                 "choose another --out, or move it")
             return
         state = load(out / "checkpoint.pt")
         held = state.get("settings", {})
@@ -183,6 +194,8 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.last, self.best, self.counted = (
             state[name] for name in ("step", "last", "best", "counted"))
+        if is_main():                   # they may have been lost
+            self.save_products(out)
 
 
 def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: Path,
@@ -205,11 +218,12 @@ def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: P
                 "pictures": len(train.images), "val": len(val.images), "classes": train.classes,
                 **(about or {})}
     training = Training(model, recipe, train.multilabel, device, dtype)
-    training.resume(out, settings)
+    text = {name: ",".join(map(str, x)) for name, x in preprocessing.normalisation.items()}
+    notes = json.dumps({"config": settings | text}, indent=1) + "\n"
+    training.resume(out, settings, notes)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
-        text = {name: ",".join(map(str, x)) for name, x in preprocessing.normalisation.items()}
-        write_whole(out / "config.json", json.dumps({"config": settings | text}, indent=1) + "\n")
+        write_whole(out / "config.json", notes)
 
     times = min(MEASURED, max(1, round(recipe.epochs)))
     measured = {round(steps * (i + 1) / times) for i in range(times)}
