@@ -7,16 +7,19 @@
 import argparse
 import dataclasses
 
+from torch.cuda import is_available as cuda_is_here
+
 from data.demo import DemoImages
 from multicrop import decode
 from recipes.config import LENGTHS, WRITTEN, Config, complete, flag, unknown, with_length
+from recipes.medium import LARGE, TFLOPS, UTILISATION, medium, shortened
 from recipes.published import RECIPES, SWAV, seer
 from recipes.small import SMALL, small, survey
 
 # of --plan: value and help text
 MACHINE = {"gpus": (8, "number of GPUs"), "gpu_memory": (80.0, "memory of each, GB (10^9 bytes)"),
-           "tflops": (790.0, "TFLOP/s of each in bf16, as a large matrix product reaches"),
-           "utilisation": (0.4, "share of these that training reaches (assumed)")}
+           "tflops": (TFLOPS, "TFLOP/s of each in bf16, as a large matrix product reaches"),
+           "utilisation": (UTILISATION, "share of these that training reaches (assumed)")}
 
 
 def parse_arguments(argv: list[str]) -> dict:
@@ -79,10 +82,8 @@ def choose_recipe(given: dict, images) -> str:
     if given.get("data") and images is not None:
         if len(images) < SMALL:
             return "small"
-        if "arch" not in given:
-            raise ValueError(f"{len(images):,} images are more than recipe small is made for: "
-                             "name a network for recipe seer (--arch regnety_16gf), or insist "
-                             "(--recipe small)")
+        if len(images) <= LARGE and given.get("arch") != "resnet50":
+            return "medium"
     return {None: "demo", "resnet50": "swav"}.get(given.get("arch"), "seer")
 
 
@@ -92,12 +93,18 @@ def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[obje
     if recipe == "small":
         surveyed = survey(DemoImages() if images is None else images, decode)
         return recipe, small(surveyed, given, world)
+    if recipe == "medium":
+        if images is None:
+            raise ValueError("--recipe medium is a rule for a set of images: name it (--data)")
+        cpu = given.get("device", "") == "cpu" or not (given.get("device") or cuda_is_here())
+        return recipe, medium(len(images), given, world, given.get("days", Config.days), cpu)
     if recipe == "seer":
-        return recipe, seer(given.get("arch", Config.arch))
+        rule = seer(given.get("arch", Config.arch))
+        return recipe, rule if images is None else shortened(rule, len(images))
     if recipe in SWAV:
         return recipe, SWAV[recipe]
     if recipe not in RECIPES:
-        raise ValueError(unknown("recipe", recipe, [*RECIPES, *SWAV, "seer", "small"]))
+        raise ValueError(unknown("recipe", recipe, [*RECIPES, *SWAV, "seer", "small", "medium"]))
     about = {field.name: field.metadata["help"] for field in dataclasses.fields(Config)}
     return recipe, {name: (value, about[name]) for name, value in RECIPES[recipe].items()}
 

@@ -72,7 +72,10 @@ class Config:
     init: str = option("", "weights to start from: a file or an official name (python -m weights "
                        "lists them); none: random ones")
     recipe: str = option("", "named set of defaults; none: small for fewer than 100,000 images "
-                         "of your own, seer for more or with --arch alone, else demo")
+                         "of your own, medium up to 100 million, seer for more or with --arch "
+                         "alone, else demo")
+    days: float = option(2.0, "recipe medium: days that the run may take, by which it chooses the "
+                         "network", 0)
     arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS, or resnet50")
     # a given length replaces the recipe's; of several given, the shortest counts
     steps: int = option(0, "length of the run in optimizer steps", 0)

@@ -27,6 +27,7 @@ from recipes.config import Config
 from regnet import ARCHS
 from training.checkpoint import Saver
 from training.collapse import Watchdog
+from training.plan import expected_time
 from training.rollback import Verdict
 from training.run import Run
 from training.run_folder import Log
@@ -117,6 +118,9 @@ class Monitor:
 def start_lines(run: Run) -> str:
     """What is about to be trained, on what."""
     config, world, count = run.config, run.world, len(run.stream.images)
+    takes = ""
+    if config.recipe not in ("demo", "small"):              # these are of minutes
+        takes = f", {expected_time(config, run.device, run.dtype, world)}"
     source = config.data or "the built-in demo images (--data DIR trains on your own)"
     norms = ""
     if config.sync_bn_group > 1:
@@ -131,7 +135,7 @@ def start_lines(run: Run) -> str:
             f"batch {config.batch_size} = {world} rank{'s' * (world > 1)} x "
             f"{config.batch_size // world // config.micro_batch} x {config.micro_batch}; "
             f"lr {config.lr:g} per 256 images = {config.peak_lr():g}; {config.steps} steps = "
-            f"{config.steps * config.batch_size / count:.1f} epochs\n"
+            f"{config.steps * config.batch_size / count:,.1f} epochs{takes}\n"
             f"{run.device}, {str(run.dtype).removeprefix('torch.')}"
             + "; activation checkpointing" * bool(config.checkpoint_activations)
             + "; compiled: the first step takes its time" * config.compile

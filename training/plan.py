@@ -10,6 +10,7 @@ are exact; the peak memory of a step is predicted to some per cent (`python -m b
 both).
 """
 import math
+import time
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from distributed.wrap import stages_of, sync_group
 from methods.build import build_method
 from recipes.command_line import configure
 from recipes.config import Config, with_length
+from recipes.medium import TFLOPS, UTILISATION
 from regnet import ARCHS, complexity
 from swav import ASSIGNED, assigned_sizes
 
@@ -206,7 +208,7 @@ def work(cost: Cost, checkpointing: bool = False, accumulating: bool = False) ->
 
 
 def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memory: float = 80.0,
-         tflops: float = 790.0, utilisation: float = 0.4) -> str:
+         tflops: float = TFLOPS, utilisation: float = UTILISATION) -> str:
     """What a run takes, in words; gpu_memory in GB, tflops of one GPU in the run's precision.
 
     Raises ValueError for a machine of nothing, and where a given --micro-batch does not divide.
@@ -238,8 +240,31 @@ def plan_of(given: dict, machine: dict, images=None) -> str:
     Without a recipe, an arch or data it is SEER's 256GF."""
     if images is None and "recipe" not in given:
         given = {"arch": Config.arch} | given
-    config = configure(given, max(1, machine["gpus"]), images)
+    config = configure({"device": "cuda"} | given, max(1, machine["gpus"]), images)
     return plan(config, None if images is None else len(images), **machine)
+
+
+def expected_time(config: Config, device: torch.device, dtype: torch.dtype, world: int) -> str:
+    """Of the whole run, in words: its FLOP at UTILISATION of what a large matrix product reaches,
+    which is measured on a CPU, and on a GPU assumed to be an H100's."""
+    if device.type == "cpu":
+        a, times = torch.randn(1024, 1024).to(dtype), []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        tflops = 2 * 1024 ** 3 / min(times) / 1e12
+    else:
+        tflops = TFLOPS
+    spent = work(cost(config, dtype), bool(config.checkpoint_activations),
+                 config.batch_size // world > config.micro_batch)
+    hours = config.steps * config.batch_size * spent / (world * UTILISATION * tflops) / 3600
+    for unit, of_an_hour in (("minutes", 60.0), ("hours", 1.0), ("days", 1 / 24)):
+        if hours * of_an_hour < 100:
+            break
+    source = "as a matrix product reaches here" if device.type == "cpu" else "assumed"
+    return (f"about {hours * of_an_hour:,.1f} {unit} at {UTILISATION:.0%} of {tflops:.3g} TFLOP/s "
+            f"a process ({source})")
 
 
 def column(counted: Cost, config: Config, checkpointing: bool, gpus: int, gpu_memory: float,
