@@ -59,7 +59,9 @@ def read_list(path: str) -> Iterator[bytes]:
 def walk(root: str) -> Iterator[bytes]:
     """The images below a folder, by their relative names, in a fixed order."""
     seen = set()                     # real folders, so that links cannot lead in circles
-    for folder, subfolders, files in os.walk(os.fsencode(root), followlinks=True):
+    unreadable = []
+    for folder, subfolders, files in os.walk(os.fsencode(root), followlinks=True,
+                                             onerror=unreadable.append):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
@@ -70,6 +72,11 @@ def walk(root: str) -> Iterator[bytes]:
         below = os.path.relpath(folder, os.fsencode(root))
         yield from (os.path.normpath(os.path.join(below, name)) for name in files
                     if is_picture(os.fsdecode(name)))
+    if unreadable and int(os.environ.get("RANK", 0)) == 0:
+        names = ", ".join(os.fsdecode(error.filename) for error in unreadable[:3])
+        print(f"warning: {len(unreadable)} folder{'s' * (len(unreadable) > 1)} in {root} cannot be "
+              f"read, and what lies in them is left out: {names}"
+              + ", ..." * (len(unreadable) > 3), file=sys.stderr)
 
 
 class Files:

@@ -6,8 +6,8 @@
 
 A file's parts are the trunk, the head and prototypes of SwAV, and fc, a classifier. The model takes
 the parts that it has; what is returned names the others. Loading succeeds as a whole or leaves the
-model as it was: a ValueError then names tensors that are missing, unexpected, or of another shape
-or type.
+model as it was: a ValueError then names tensors that are missing, unexpected, of another shape or
+type, or not finite.
 
 Needs torch; to name the arch of a file also regnet.py. The licences of official files are in
 weights/official.py.
@@ -78,7 +78,9 @@ def _faults(old: dict[str, Tensor], new: dict[str, Tensor], shared: set[str],
         "of another shape": [f"{name} {tuple(new[name].shape)} for {tuple(old[name].shape)}"
                              for name in both if new[name].shape != old[name].shape],
         "of another type": [f"{name} {new[name].dtype} for {old[name].dtype}" for name in both
-                            if new[name].is_floating_point() != old[name].is_floating_point()]}
+                            if new[name].is_floating_point() != old[name].is_floating_point()],
+        "not finite": [name for name in both
+                       if not (new[name].is_meta or new[name].isfinite().all())]}
     return [f"{kind}: {', '.join(names[:3])}" + ", ..." * (len(names) > 3)
             for kind, names in kinds.items() if names]
 

@@ -1,4 +1,5 @@
 """images.py: folders, lists and their names; and what decoding does with files of any content."""
+import errno
 import io
 import json
 import multiprocessing
@@ -53,6 +54,24 @@ def test_links_in_a_circle_and_names_that_are_no_text(tmp_path):
     stream = Stream(open_images(tmp_path), CROP, seed=0)
     faults = [fault for position in range(20) for fault in stream[position][2]]
     assert faults and all("caf" in fault.name.encode("utf-8").decode() for fault in faults)
+
+
+def test_folders_that_cannot_be_read_are_counted_and_named(tmp_path, monkeypatch, capsys):
+    """As root one can read all: the system's answer is put in its place."""
+    for name in ("a", "b", "c"):
+        write_pictures(tmp_path / name, 2)
+    scandir = os.scandir
+
+    def denied(folder):
+        if os.path.basename(folder) in (b"b", b"c"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert len(open_images(tmp_path)) == 2
+    warning = capsys.readouterr().err
+    assert "warning: 2 folders in" in warning
+    assert f"{tmp_path / 'b'}, {tmp_path / 'c'}" in warning
 
 
 def test_pictures_in_the_root_have_no_labels(tmp_path):

@@ -47,6 +47,7 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_loaded(put, tiny):
     for state, sentence in (
             ({k: v for k, v in good.items() if k != name}, f"missing: {name}"),
             (good | {name: torch.zeros(3, 3, 1, 1)}, rf"of another shape: {name} \(3, 3, 1, 1\)"),
+            (good | {name: torch.full_like(good[name], torch.nan)}, f"not finite: {name}"),
             (good | {"trunk_output.block9.block9-0.f.a.0.weight": torch.zeros(1)},
              "unexpected: trunk_output.block9"),
             (good | {"mystery.weight": torch.zeros(1)}, "unexpected: mystery.weight")):
