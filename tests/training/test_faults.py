@@ -184,7 +184,8 @@ def test_a_worker_that_dies_is_named_and_none_outlives_its_run(few_photos, tmp_p
 
 @pytest.mark.long
 @pytest.mark.parametrize("name, ranks", [
-    ("SIGTERM", 1), ("SIGTERM", 2), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGUSR1", 2)])
+    ("SIGTERM", 1), ("SIGTERM", 2), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGUSR1", 2),
+    ("SIGHUP", 2)])
 def test_a_signal_saves_the_run_and_leaves(few_photos, tmp_path, whole, name, ranks):
     out = tmp_path / "run"
     process = start(few_photos, out, "--save-every=1000", ranks=ranks)
@@ -201,6 +202,18 @@ def test_a_signal_saves_the_run_and_leaves(few_photos, tmp_path, whole, name, ra
     assert ranks == 2 or "Traceback" not in errors
     finish(few_photos, out, ranks=ranks)
     same_run(out, whole(ranks))
+
+
+@pytest.mark.long
+def test_a_run_outlives_its_pipe(few_photos, tmp_path, whole):
+    """As in `python train.py | head -1`, and where a terminal is closed."""
+    out = tmp_path / "run"
+    process = start(few_photos, out)
+    assert process.stdout.readline().startswith("data: 12 images")
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    same_run(out, whole(1))
 
 
 @pytest.mark.long
