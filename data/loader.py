@@ -95,7 +95,13 @@ class Loader:
             yield step, micro_batches
 
     def next(self) -> Sequence[Tensor]:
-        crops, params, faults = next(self.batches)
+        try:
+            crops, params, faults = next(self.batches)
+        except (OSError, EOFError) as error:        # its tensors come through a socket of its own
+            dead = [str(worker.pid) for worker in getattr(self.batches, "_workers", [])
+                    if not worker.is_alive()]
+            raise RuntimeError(f"DataLoader worker (pid {', '.join(dead)}) has died: {error}"
+                               ) from None
         self.faults += faults
         crops = [c.to(self.device, non_blocking=True) for c in crops]
         return crops if self.in_workers else AugmentedCrops(crops, params, self.augment)
