@@ -63,7 +63,9 @@ def layout(caption: str, rows: Sequence[Row], heads: Sequence[str] = (),
     edge = FRAME * any(tile.right is not None for tile in tiles)
     name = max(width_of(row.name) + 3 * GAP * bool(row.name) for row in rows)
     high = [LINE * len(row.name.splitlines()) for row in rows]
-    cell = max(side + 2 * edge, *(width_of(head) + GAP for head in ("", *heads)))
+    said = max(width_of("\n".join(tile.text)) for tile in tiles) + TEXT * bool(edge)
+    cell = max(side + 2 * edge, min(said, 3 * side // 2),       # longer text is cut off
+               *(width_of(head) + GAP for head in heads))
     tall = max(side + 2 * FRAME + LINE * max(len(tile.text) for tile in tiles), *high) + 2 * GAP
     group = name + max(len(row.tiles) for row in rows) * (cell + GAP) - GAP + GROUP
     down = math.ceil(len(rows) / columns)

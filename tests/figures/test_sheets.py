@@ -110,6 +110,14 @@ def test_images_lie_where_the_layout_says_and_marks_differ_in_form(tmp_path):
     assert not dark(page, place.names[1][0], place.names[1][1], place.images[1][0][0], page.height)
 
 
+def test_a_place_is_as_wide_as_its_text_needs_up_to_a_limit():
+    def cell(*text):
+        return layout("", [Row("", [Tile(shade(0, 96), text, True)])]).cell
+
+    assert cell() == cell("0.93") == 96 + 2 * FRAME
+    assert width_of("vote: n01440764") < cell("vote: n01440764") < cell("long " * 20) == 144
+
+
 def test_text_keeps_to_its_place_whatever_it_holds():
     assert plain("  caf\u00e9\n \u00fcber\t") == "cafe uber" and plain("\u4e2d") == "\\u4e2d"
     assert plain("a\udce9b") == "a\\udce9b"                 # of a file name that is not UTF-8
