@@ -3,8 +3,12 @@
 Paper: "Large Batch Training of Convolutional Networks" (arXiv 1708.03888), in the form SwAV and
 SEER used (apex' LARC with clip=False around SGD with momentum).
 
+    import torch
+    from larc import LARC
+    model = torch.nn.Linear(3, 2)
     optimizer = LARC(model.parameters(), lr=4.8, weight_decay=1e-6)
-    loss.backward(); optimizer.step()
+    model(torch.randn(8, 3)).square().mean().backward()
+    optimizer.step()
 
 For each tensor p with gradient g:
 

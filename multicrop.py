@@ -3,8 +3,11 @@
 Paper: SwAV (arXiv 2006.09882, section 3.3 and appendix A.3); the photometric augmentation is
 SimCLR's (arXiv 2002.05709, appendix A). The work is shared by a CPU and the device:
 
+    from PIL import Image
+    from multicrop import MultiCrop, Photometric, parse_crops
+    Image.effect_noise((640, 480), 50).save("image.jpg")             # or an image of yours
     crop = MultiCrop(parse_crops("2x224+4x96"))
-    crops, params = crop(open("picture.jpg", "rb").read(), seed=7)   # uint8, on a CPU worker
+    crops, params = crop(open("image.jpg", "rb").read(), seed=7)     # uint8, on a CPU worker
     images = Photometric()(crops[0], params[0])                      # float32, in batch, anywhere
 
 A worker decodes the image once, draws all boxes and augmentations, and cuts and resizes the crops

@@ -7,8 +7,10 @@ A RegNet is five numbers. The width of block j is first a line, u_j = w_0 + w_a 
 then snapped to w_0 * w_m^k for a whole k (eq. 3-4) and to a multiple of 8; a run of equal widths is
 a stage; widths are last made divisible by the group width of the 3x3 convolution.
 
-    params = ARCHS["regnety_16gf"]             # RegNetParams -> .stages() -> RegNet
-    features = RegNet(params)(torch.randn(2, 3, 224, 224))       # (2, 3024)
+    import torch
+    from regnet import ARCHS, RegNet, complexity
+    params = ARCHS["regnety_400mf"]            # RegNetParams -> .stages() -> RegNet
+    features = RegNet(params)(torch.randn(2, 3, 224, 224))       # (2, 440)
     print(params.stages(), complexity(params))
 
     python -m figures.design_space      # the published networks; one explained; random members

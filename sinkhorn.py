@@ -4,7 +4,10 @@ Paper: SwAV (arXiv 2006.09882, section 3.1 and appendix A.1); the iteration is C
 (arXiv 1306.0895). The codes are Q = diag(u) exp(scores / epsilon) diag(v), with u and v found by
 making the columns (prototypes) and the rows (samples) sum to equal shares, in turn.
 
-    scores = F.normalize(torch.randn(64, 32)) @ F.normalize(torch.randn(300, 32)).T
+    import torch
+    from torch.nn.functional import normalize
+    from sinkhorn import sinkhorn
+    scores = normalize(torch.randn(64, 32)) @ normalize(torch.randn(300, 32)).T      # cosines
     codes = sinkhorn(scores, epsilon=0.05, iterations=3)        # (64, 300), every row sums to 1
 
 The same call works on one process and in a process group: there, the samples of all ranks are one

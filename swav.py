@@ -3,10 +3,17 @@
 Paper: "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (arXiv
 2006.09882); SEER (arXiv 2103.01988) is the same method on RegNets with 16,000 prototypes.
 
-    model = SwAV(trunk, head=(2048, 128), prototypes=3000, head_bn=True)
+    import torch
+    import torchvision
+    from swav import SwAV, swav_codes, swav_loss
+    trunk = torchvision.models.resnet18()
+    trunk.num_features, trunk.fc = 512, torch.nn.Identity()     # a trunk ends at its features
+    model = SwAV(trunk, head=(512, 128), prototypes=300, head_bn=True)
+    large, small = torch.randn(2 * 4, 3, 64, 64), torch.randn(6 * 4, 3, 32, 32)      # of 4 images
     embeddings, scores = model([large, small])                  # crops: one tensor per size
-    codes = swav_codes(scores, num_crops=8, epsilon=0.05, iterations=3)
-    loss = swav_loss(scores, codes, num_crops=8)                # backward, step, then:
+    codes = swav_codes(scores, num_crops=8, epsilon=0.05, iterations=3)              # (2, 4, 300)
+    loss = swav_loss(scores, codes, num_crops=8)
+    loss.backward()                                             # the optimizer's step, then:
     model.normalize_prototypes()
 
 An image's crops are embedded on the unit sphere and compared with K prototypes, also unit vectors:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -22,7 +23,7 @@ from torch.utils.data import Subset
 from distributed.ranks import barrier, is_main, my_share
 from evaluation.features import CenterCrops, extract, in_batches
 from evaluation.task import EvalTask
-from figures.sheets import sheet
+from figures.sheets import Row, Tile, prototype_name, sheet
 from swav import SwAV
 from weights.load import load_weights
 
@@ -94,8 +95,16 @@ class NearestPrototype(nn.Module):
         return [prototype.float(), cosine, (cosines / self.temperature).softmax(1).amax(1)]
 
 
+class Cluster(NamedTuple):
+    """Images that have the same nearest prototype."""
+    prototype: int                      # its number
+    count: int                          # of the images
+    nearest: list[int]                  # some of them, the nearest first
+    cosines: list[float]                # of these
+
+
 def clusters(model: SwAV, crops: CenterCrops, out: Path, temperature: float = 0.1, rows: int = 16,
-             columns: int = 10, **options) -> tuple[dict, list[list[int]]]:
+             columns: int = 10, **options) -> tuple[dict, list[Cluster]]:
     """A CSV of name, prototype and confidence; and, of the `rows` prototypes that most images are
     nearest to, the `columns` nearest of these images. options: of features.extract."""
     (prototype, cosine, confidence), ok = extract(NearestPrototype(model, temperature), crops,
@@ -111,10 +120,12 @@ def clusters(model: SwAV, crops: CenterCrops, out: Path, temperature: float = 0.
     members = torch.bincount(prototype[ok], minlength=count)
     order = cosine.masked_fill(~ok, -torch.inf).argsort(descending=True)[:int(ok.sum())]
     largest = members.argsort(descending=True, stable=True)[:min(rows, int((members > 0).sum()))]
-    nearest = [order[prototype[order] == k][:columns].tolist() for k in largest]
+    nearest = [order[prototype[order] == k][:columns] for k in largest]
+    found = [Cluster(k, int(members[k]), indices.tolist(), cosine[indices].tolist())
+             for k, indices in zip(largest.tolist(), nearest)]
     return {"out": str(out), "pictures": int(ok.sum()), "left_out": int((~ok).sum()),
             "prototypes": count, "used": int((members > 0).sum()),
-            "confidence": round(confidence[ok].mean().item(), 4)}, nearest
+            "confidence": round(confidence[ok].mean().item(), 4)}, found
 
 
 def run_features(task: EvalTask) -> dict:
@@ -130,13 +141,24 @@ def run_features(task: EvalTask) -> dict:
 
 def run_clusters(task: EvalTask) -> dict:
     options, images = task.options, task.images()
-    result, rows = clusters(
+    result, largest = clusters(
         swav_of(task), task.preprocessing.center_crops(images),
         Path(options.out or "clusters.csv"), task.config.get("temperature", 0.1), options.rows,
         options.columns, **task.extract_options())
     if options.sheet and is_main():
-        sheet(Path(options.sheet), [[task.tile(images, i) for i in row] for row in rows])
+        sheet(options.sheet, caption(result, len(largest)), [
+            Row(prototype_name(cluster.prototype, cluster.count),
+                [Tile(task.tile(images, i), [f"{cosine:.3f}"])
+                 for i, cosine in zip(cluster.nearest, cluster.cosines)]) for cluster in largest])
     return result
+
+
+def caption(result: dict, shown: int) -> str:
+    """Of the sheet of clusters."""
+    return (f"Clusters: {result['pictures']:,} images by their nearest of {result['prototypes']:,} "
+            f"prototypes; {result['used']:,} prototypes have images.\nA row each for the {shown:,} "
+            "with most images: the prototype's number, how many images it is the nearest prototype "
+            "of, and the nearest of these, with their cosine similarity to it.")
 
 
 def swav_of(task: EvalTask) -> SwAV:

@@ -1,6 +1,10 @@
 """kNN: each image gets the label that its nearest neighbours among the training images vote for.
 
-    predicted = knn(features, labels, queries, k=20)            # (M,)
+    import torch
+    from evaluation.knn import knn, knn_top1
+    features, labels = torch.randn(100, 8), torch.arange(100) % 4       # of the training images
+    queries, truth = torch.randn(20, 8), torch.arange(20) % 4
+    predicted = knn(features, labels, queries, k=20)            # (20)
     top1 = knn_top1(features, labels, queries, truth)           # per cent
     python evaluate.py knn runs/mine --data flowers/ --k 10,20 --temperature 0.07,0.1
 
@@ -8,8 +12,6 @@ Paper: arXiv 1805.01978, section 3.4.
 
 Shapes: N training images, M queries, C features.
 """
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,8 +20,8 @@ from data.labelled import Labelled
 from data.stream import permute
 from distributed.ranks import is_main
 from evaluation.metrics import per_cent
-from evaluation.task import TILE, EvalTask, counts
-from figures.sheets import sheet
+from evaluation.task import EvalTask, counts
+from figures.sheets import Row, Tile, sheet
 
 SIMILARITIES = 2 ** 26                   # numbers at once
 
@@ -72,17 +74,38 @@ def run(task: EvalTask) -> dict:
             rows.append({"k": k, "temperature": temperature,
                          "top1": per_cent(predictions[-1], truth)})
     if options.sheet and is_main():
-        draw(task, train.labelled, val.labelled, nearest, predictions[0] == truth)
+        draw(task, train.labelled, val.labelled, similarity, nearest, predictions[0], rows[0])
     return rows[0] | counts(train, val) | ({"all": rows} if len(rows) > 1 else {})
 
 
-def draw(task: EvalTask, train: Labelled, val: Labelled, nearest: Tensor, correct: Tensor) -> None:
-    """--sheet: a row a query, drawn at random: the query, a gap, its nearest neighbours. nearest:
-    (M, k).  correct: (M,)."""
-    options, labels, truth = task.options, train.labels, val.labels
-    blank = torch.full((3, TILE, TILE), 255, dtype=torch.uint8), None
-    queries = [permute(i, len(truth), 0) for i in range(min(options.rows, len(truth)))]
-    sheet(Path(options.sheet), [
-        [task.tile(val.images, i, bool(correct[i])), blank,
-         *(task.tile(train.images, j, bool(labels[j] == truth[i]))
-           for j in nearest[i, :options.columns].tolist())] for i in queries])
+def draw(task: EvalTask, train: Labelled, val: Labelled, similarity: Tensor, nearest: Tensor,
+         predicted: Tensor, result: dict) -> None:
+    """--sheet: a row a query, drawn at random: the query, a gap, its nearest neighbours.
+
+    similarity, nearest: (M, k).  predicted: (M,).  result: its k, temperature and top1.
+    """
+    options, labels, truth, names = task.options, train.labels, val.labels, val.classes
+
+    def neighbour(j: int, cosine: float, label: int) -> Tile:
+        return Tile(task.tile(train.images, j), [names[labels[j]], f"{cosine:.3f}"],
+                    bool(labels[j] == label))
+
+    chosen = [permute(i, len(truth), 0) for i in range(min(options.rows, len(truth)))]
+    rows = [Row("", [
+        Tile(task.tile(val.images, i), [names[truth[i]], f"vote: {names[predicted[i]]}"],
+             bool(predicted[i] == truth[i])), None,
+        *(neighbour(j, cosine, truth[i]) for j, cosine in zip(
+            nearest[i, :options.columns].tolist(), similarity[i].tolist()))]) for i in chosen]
+    most = max(len(row.tiles) for row in rows) - 2
+    heads = ["query", "", *(f"neighbour {n + 1}" for n in range(most))]
+    sheet(options.sheet, caption(result, len(truth), len(labels)), rows, heads)
+
+
+def caption(result: dict, queries: int, images: int) -> str:
+    """Of the sheet. result: k, temperature and top1 of the votes."""
+    return (f"kNN with k = {result['k']} and temperature {result['temperature']:g}: top-1 "
+            f"{result['top1']:.1f} % on {queries:,} held-out images.\nUnder a query, drawn at "
+            "random from these: its class, and the class for which its neighbours vote. Under a "
+            f"neighbour, one of {images:,} training images: its class, and its cosine similarity "
+            "to the query.\nTick and solid frame: of the query's class, or the vote is right. "
+            "Cross and dashed frame: of another class, or the vote is wrong.")

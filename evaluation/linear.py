@@ -1,7 +1,10 @@
 """Linear evaluation: logistic regression on frozen features, or VISSL's layers trained by SGD.
 
-    predicted, weight_decay = linear_probe(features, labels, queries)       # (M,)
-    weights = fit_linear(features, labels, classes=10, weight_decay=1e-3)   # (C + 1, K)
+    import torch
+    from evaluation.linear import fit_linear, linear_probe
+    features, labels, queries = torch.randn(100, 8), torch.arange(100) % 4, torch.randn(20, 8)
+    predicted, weight_decay = linear_probe(features, labels, queries)       # (20)
+    weights = fit_linear(features, labels, classes=4, weight_decay=1e-3)    # (9, 4)
     python evaluate.py linear runs/mine --data flowers/ --depths res4,res5,avgpool
 
 The regression is deterministic, and takes no setting that its own training images cannot choose.

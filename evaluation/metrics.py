@@ -1,7 +1,11 @@
 """Metrics: top-1 in per cent, and mean average precision where an image has several labels.
 
+    import torch
+    from evaluation.metrics import average_precision, mean_average_precision, per_cent
+    scores, labels = torch.randn(100, 4), torch.arange(100) % 4
     top1 = per_cent(scores.argmax(1), labels)                   # 61.3
-    precision = average_precision(scores[:, k], targets[:, k])  # of one class, a scalar
+    targets = torch.eye(4, dtype=torch.bool)[labels]            # (100, 4)
+    precision = average_precision(scores[:, 0], targets[:, 0])  # of one class, a scalar
     mean = mean_average_precision(scores, targets)              # per cent, of all classes
 
 Shapes: M images, K classes.

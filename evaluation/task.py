@@ -147,9 +147,9 @@ class EvalTask:
         return {"device": self.device, "workers": self.options.workers,
                 **self.preprocessing.normalisation}
 
-    def tile(self, images, i: int, correct: bool | None = None) -> tuple[Tensor, bool | None]:
-        """An image as a sheet shows it, uint8 (3, TILE, TILE), and its mark."""
-        return CenterCrops(images, TILE, self.preprocessing.crop_ratio)[i][0], correct
+    def tile(self, images, i: int) -> Tensor:
+        """An image as a sheet shows it, uint8 (3, TILE, TILE)."""
+        return CenterCrops(images, TILE, self.preprocessing.crop_ratio)[i][0]
 
     def name(self) -> str:
         """Of the network, as part of a folder's name."""

@@ -1,8 +1,10 @@
-"""Curves: the loss of one or more runs over their steps, with matplotlib, which is optional.
+"""Curves: loss / ln K of one or more runs over their steps, with matplotlib, which is optional.
 
     curves("loss.png", ["runs/demo-regnety_100mf"])         # python train.py --plot RUN [RUN ...]
 
-It reads config.json and log.jsonl of a run's folder; an entry is what a line of log.jsonl holds.
+Each run's loss is divided by ln K of its own K, the number of its prototypes: so runs with other
+numbers compare, and 1 is the loss of predictions that know nothing. It reads config.json and
+log.jsonl of a run's folder; an entry is what a line of log.jsonl holds.
 """
 import json
 import math
@@ -10,32 +12,35 @@ from pathlib import Path
 from typing import NamedTuple, Sequence
 
 ASK = "pip install matplotlib to have the loss drawn"
+LABEL = "loss / ln K, each run's over its own K"
 PROBES = ("knn", "retrieved")           # what --probe measures, per cent
 
 
 class Curve(NamedTuple):
     name: str
-    prototypes: int
-    ln_k: float
+    prototypes: int                     # K
     log: list[dict]                     # entries of the steps that were not skipped
-    columns: list[list[float]]          # their steps, losses, shares of prototypes in use
+    columns: list[list[float]]          # their steps, losses / ln K, shares of prototypes in use
 
 
 def read_curve(run: Path) -> Curve:
     """Raises ValueError for a folder that is not a run's."""
     try:
         count = json.loads((run / "config.json").read_text())["config"]["prototypes"]
+        ln_k = math.log(count) or math.log(2)       # of one prototype: as in swav.py
         written = (run / "log.jsonl").read_text().splitlines(keepends=True)
         log = [json.loads(line) for line in written if line.endswith("\n")]     # not one cut off
         log = [entry for entry in log if "loss" in entry]
-        columns = [[entry[key] for entry in log] for key in ("step", "loss", "prototypes_used")]
-        return Curve(run.name, count, math.log(count), log, columns)
+        columns = [[entry["step"] for entry in log], [entry["loss"] / ln_k for entry in log],
+                   [entry["prototypes_used"] for entry in log]]
+        return Curve(run.name, count, log, columns)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run} is not the folder of a run: {error}") from None
 
 
 def curves(path: Path, runs: Sequence[str | Path]) -> None:
-    """Loss over steps, with ln K as a line; under it the prototypes in use, and what --probe found.
+    """Loss / ln K over steps, with a line at 1; under it the prototypes in use, and what --probe
+    found.
 
     path: of the picture.  runs: folders of runs.
     Raises ValueError for a folder that is not a run's, ImportError where there is no matplotlib.
@@ -50,17 +55,16 @@ def curves(path: Path, runs: Sequence[str | Path]) -> None:
     top, *below = figure.subplots(2 + probed, 1, sharex=True, height_ratios=(3, 1, 1)[:2 + probed])
     for curve in read:
         steps, loss, used = curve.columns
-        line, = top.plot(steps, loss, label=curve.name)
+        line, = top.plot(steps, loss, label=f"{curve.name}, K = {curve.prototypes:,}")
         below[0].plot(steps, used, color=line.get_color())
         for probe in PROBES:
             points = [(entry["step"], entry[probe]) for entry in curve.log if probe in entry]
             if points:
                 below[1].plot(*zip(*points), ".-", color=line.get_color())
-    for level, count in {curve.ln_k: curve.prototypes for curve in read}.items():
-        top.axhline(level, color="black", linestyle="--", linewidth=1)
-        top.annotate(f"ln K, K = {count:,}: nothing learned", (0.99, level), ha="right",
-                     xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points")
-    top.set(ylabel="loss")
+    top.axhline(1, color="gray", linestyle="--", linewidth=1)
+    top.annotate("1: knows nothing, every prototype gets 1/K", (0.99, 1), ha="right", color="gray",
+                 xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points")
+    top.set(title="Training loss", ylabel=LABEL)
     top.legend(frameon=False)
     below[0].set(ylabel="prototypes in use", ylim=(0, 1.05))
     if probed:

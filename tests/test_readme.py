@@ -133,6 +133,16 @@ def test_the_slurm_script_trains_on_two_machines(checkout, tmp_path):
     assert (out / "trunk.pt").exists()
 
 
+def test_the_words_of_the_method_are_explained_before_they_are_used():
+    before, explained = TEXTS["README.md"].split("\nThe K *prototypes* are ")
+    assert not re.findall(r"\bprototypes?\b|\bcodes?\b|\bK\b", before)
+    explained = " ".join(explained.split("\n\n")[0].split())
+    assert len(re.findall(r"\.( |$)", explained)) == 2, "two sentences"
+    for words in ("learned unit vectors", "the *code* of a crop is its soft assignment to them",
+                  "K numbers that sum to one", "Sinkhorn-Knopp", "know nothing", "loss ln K"):
+        assert words in explained
+
+
 def test_requirements_and_licence_are_as_the_readme_says():
     needed = (ROOT / "requirements.txt").read_text().split()
     assert {re.split("[><=]", line)[0] for line in needed} == {

@@ -1,7 +1,9 @@
 """A file is whole or it is not there: checkpoints and small text files.
 
-    save("runs/demo/checkpoint.pt", state)
-    state = load("runs/demo/checkpoint.pt")            # tensors, numbers, strings; never code
+    import torch
+    from weights.atomic import load, save
+    save("checkpoint.pt", {"step": 7, "weight": torch.zeros(3, 2)})
+    state = load("checkpoint.pt")                      # tensors, numbers, strings; never code
 
 A file is written aside, flushed to the disk, read back, and renamed over the old one: a crash at
 any instant leaves the old file or the new one. A checkpoint is a plain torch file that loads with

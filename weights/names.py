@@ -1,6 +1,8 @@
 """Parameter names: what each library calls the tensors of the same network, translated both ways.
 
-    tensors, layout = to_ours(state)                     # any library's state dict
+    from torchvision.models import regnet_y_400mf
+    from weights.names import from_ours, to_ours, translate
+    tensors, layout = to_ours(regnet_y_400mf().state_dict())         # or another library's
     state = from_ours(tensors, "timm")                   # what timm's own file would hold
     translate("s1.b2.conv1.bn", "timm", "torchvision")   # "trunk_output.block1.block1-1.f.a.1"
 

@@ -1,5 +1,6 @@
 """evaluation/export.py: files of features, also resumed, and of clusters."""
 import csv
+from collections import Counter
 
 import numpy
 import pytest
@@ -10,6 +11,7 @@ import train
 from data.images import open_images
 from evaluation.features import CenterCrops, extract
 from evaluation.task import load_trunk
+from figures.sheets import prototype_name, sheet
 from methods.build import build_method
 from recipes.command_line import configure
 from tests.evaluation.conftest import QUICK, RANDOM, normalised
@@ -47,7 +49,11 @@ def test_features_go_to_a_file_and_are_resumed(classes, tmp_path, command, refus
     assert "holds other features" in refused("features", *options, "--size=48")
 
 
-def test_clusters_are_the_nearest_prototypes(classes, tmp_path, capsys, command, refused):
+def test_clusters_are_the_nearest_prototypes(classes, tmp_path, capsys, monkeypatch, command,
+                                             refused):
+    drawn = []
+    monkeypatch.setattr("evaluation.export.sheet",
+                        lambda *arguments: (drawn.append(arguments), sheet(*arguments)))
     out = tmp_path / "run"
     train.main([f"--data={classes}", f"--out={out}", *TRAIN])
     capsys.readouterr()
@@ -67,5 +73,18 @@ def test_clusters_are_the_nearest_prototypes(classes, tmp_path, capsys, command,
         confidence = (scores / 0.1).softmax(1).max().item()
         assert float(rows[i]["confidence"]) == pytest.approx(confidence, abs=1e-3)
     assert Image.open(tmp_path / "sheet.png").width > 300
+    (_, said, shown), = drawn
+    counts = Counter(int(row["prototype"]) for row in rows).most_common()
+    assert [row.name for row in shown] == [prototype_name(k, count) for k, count in sorted(
+        counts, key=lambda pair: (-pair[1], pair[0]))]
+    assert said.startswith("Clusters: 34 images by their nearest of 7 prototypes; "
+                           f"{len(counts)} prototypes have images.\nA row each")
+    with torch.no_grad():
+        _, scores = model([normalised(images, 32)])
+    cosines, prototype = scores.max(1)
+    for row in shown:
+        members = prototype == int(row.name.split()[1])
+        expected = cosines[members].sort(descending=True).values[:10].tolist()
+        assert [float(tile.text[0]) for tile in row.tiles] == pytest.approx(expected, abs=1e-3)
     assert "holds no prototypes" in refused("clusters", out / "trunk.pt", f"--data={classes}",
                                             *QUICK[1:])

@@ -2,11 +2,15 @@
 import json
 import math
 
+import pytest
 import torch
 from PIL import Image
 
+from data.labelled import open_splits
+from data.stream import permute
+from evaluation.features import CenterCrops, extract
 from evaluation.knn import knn, knn_top1, neighbours, vote
-from evaluation.task import TILE
+from evaluation.task import TILE, load_trunk
 from regnet import ARCHS, RegNet
 from tests.evaluation.conftest import QUICK, RANDOM
 from weights.atomic import save
@@ -42,8 +46,7 @@ def test_knn_from_the_command_line(classes, tmp_path, command):
     assert result["top1"] == 100 and (result["train"], result["val"], result["k"]) == (24, 10, 3)
     assert [(row["k"], row["temperature"]) for row in result["all"]] == [
         (3, 0.1), (3, 1), (1, 0.1), (1, 1)]
-    side = TILE + 4
-    assert Image.open(tmp_path / "sheet.png").size == (4 * side + 8, 4 * (side + 4) + 4)
+    assert Image.open(tmp_path / "sheet.png").height > 4 * TILE
     trunk = RegNet(ARCHS["regnety_100mf"])
     save(tmp_path / "trunk.pt", trunk.state_dict())
     first = command("knn", tmp_path / "trunk.pt", "--arch=regnety_100mf", *options)
@@ -53,3 +56,32 @@ def test_knn_from_the_command_line(classes, tmp_path, command):
     assert (second["top1"], second["val"], second["left_out"]) == (100, 9, 1)
     kept = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert kept == [first, second] and len(first["sha256"]) == 16
+
+
+def test_the_sheet_names_classes_and_scores(shades, tmp_path, monkeypatch, command):
+    drawn = []
+    monkeypatch.setattr("evaluation.knn.sheet", lambda *arguments: drawn.append(arguments))
+    result = command("knn", *RANDOM, "--data", shades, *QUICK, "--k=5", "--sheet",
+                     tmp_path / "sheet.png", "--rows=36", "--columns=3")
+    (path, said, rows, heads), = drawn
+    assert path == str(tmp_path / "sheet.png") and len(rows) == 36
+    assert heads == ["query", "", "neighbour 1", "neighbour 2", "neighbour 3"]
+    assert said.startswith("kNN with k = 5 and temperature 0.1: top-1 "
+                           f"{result['top1']:.1f} % on 36 held-out images.\nUnder a query")
+    assert "one of 48 training images: its class, and its cosine similarity" in said
+    train, val = open_splits(shades)
+    trunk, *_ = load_trunk("random", "regnety_100mf")
+    (x,), (q,) = (extract(trunk, CenterCrops(split.images, 32))[0] for split in (train, val))
+    similarity, nearest = neighbours(x, q, 5)
+    for row, i in zip(rows, [permute(i, 36, 0) for i in range(36)]):
+        query, gap, *others = row.tiles
+        voted = vote(similarity[i:i + 1], train.labels[nearest[i:i + 1]], 0.1, 6).item()
+        truth = val.labels[i].item()
+        assert gap is None and query.text == [f"{truth}", f"vote: {voted}"]         # classes 0 to 5
+        assert query.right == (voted == truth)
+        for tile, j, cosine in zip(others, nearest[i].tolist(), similarity[i].tolist()):
+            label = train.labels[j].item()
+            assert tile.right == (label == truth) and tile.text[0] == f"{label}"
+            assert float(tile.text[1]) == pytest.approx(cosine, abs=6e-4)
+    assert {tile.right for row in rows for tile in row.tiles if tile} == {True, False}
+    assert len(others) == 3

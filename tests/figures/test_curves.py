@@ -1,5 +1,6 @@
 """figures/curves.py: curves of made-up runs; what is no run, and a missing matplotlib."""
 import json
+import math
 import sys
 
 import pytest
@@ -8,20 +9,42 @@ from PIL import Image
 from figures.curves import curves, read_curve
 
 
-def run_folder(folder, prototypes=64):
+def run_folder(folder, prototypes=64, loss=None):
     folder.mkdir()
     config = {"config": {"prototypes": prototypes}}
     (folder / "config.json").write_text(json.dumps(config))
-    lines = [{"step": i, "loss": 4.1 - i / 100, "prototypes_used": i / 100} for i in range(1, 90)]
+    lines = [{"step": i, "loss": 4.1 - i / 100 if loss is None else loss,
+              "prototypes_used": i / 100} for i in range(1, 90)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
-def test_curves_are_drawn_with_ln_k(tmp_path):
+def test_curves_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", 30)]
     curves(tmp_path / "loss.png", runs)
     assert Image.open(tmp_path / "loss.png").size == (840, 720)
+
+
+def test_axis_line_and_names_say_what_is_drawn(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    curves("loss.png", [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", 3000)])
+    top = drawn[0].axes[0]
+    assert top.get_ylabel() == "loss / ln K, each run's over its own K"
+    assert [text.get_text() for text in top.get_legend().get_texts()] == [
+        "a, K = 64", "b, K = 3,000"]
+    first, second, nothing = (line.get_ydata()[0] for line in top.get_lines())
+    assert nothing == 1 and "knows nothing" in top.texts[0].get_text()
+    assert (first, second) == (4.09 / math.log(64), 4.09 / math.log(3000))
+
+
+def test_each_loss_is_divided_by_its_own_ln_k(tmp_path):
+    for count in (30, 64, 3000):
+        curve = read_curve(run_folder(tmp_path / f"{count}", count, loss=math.log(count)))
+        assert curve.columns[1] == [1.0] * 89
+    assert read_curve(run_folder(tmp_path / "one", 1, loss=0.0)).columns[1] == [0.0] * 89
 
 
 def test_what_a_probe_found_has_a_panel_of_its_own(tmp_path):
@@ -38,8 +61,9 @@ def test_skipped_steps_and_a_line_that_was_cut_off_are_left_out(tmp_path):
     with open(run / "log.jsonl", "a") as log:
         log.write('{"step": 90, "skipped": 1}\n{"step": 91, "lo')
     curve = read_curve(run)
-    assert (curve.name, curve.prototypes) == ("a", 30) and curve.ln_k == pytest.approx(3.4011974)
-    assert curve.columns[0] == list(range(1, 90)) and curve.columns[1][-1] == 4.1 - 0.89
+    assert (curve.name, curve.prototypes) == ("a", 30)
+    assert curve.columns[0] == list(range(1, 90))
+    assert curve.columns[1][-1] == pytest.approx(3.21 / 3.4011974)
 
 
 @pytest.mark.parametrize("config", ["[]", '{"config": {"prototypes": 0}}', None])

@@ -18,9 +18,10 @@ from data.stream import Stream, collate
 from distributed import wrap
 from distributed.hardware import share_processors
 from evaluation.task import load_trunk
+from figures.sheets import Row, Tile, crop_names, layout, views_caption
 from larc import LARC
 from methods.build import build_method, build_trunk
-from multicrop import MultiCrop, Photometric
+from multicrop import MultiCrop, Photometric, parse_crops
 from recipes.command_line import configure, parse_arguments
 from recipes.config import with_length
 from regnet import ARCHS, RegNet
@@ -69,7 +70,9 @@ def test_a_folder_of_pictures_in_a_trained_trunk_out(photos, tmp_path, capsys):
         ("truncated.jpg", "truncated")]
     replaced = sum((Counter(line["replaced"]) for line in log), Counter())
     assert set(replaced) == {"empty", "no picture", "truncated"} and replaced.total() > len(named)
-    assert Image.open(out / "views.png").size == (4 * 34 + 2, 4 * 34 + 2)
+    rows = [Row(f"image {i}", [Tile(torch.zeros(3, 32, 32))] * 4) for i in range(1, 5)]
+    place = layout(views_caption(4), rows, crop_names(parse_crops("2x32+2x16")))
+    assert Image.open(out / "views.png").size == place.size
     printed = capsys.readouterr().out
     assert "step 12/12" in printed and "batch 4 = 1 rank x 1 x 4" in printed
     assert "trunk.pt" in printed
