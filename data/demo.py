@@ -14,9 +14,12 @@ is kept; one takes under a millisecond to make. `python -m data.demo OUT.png` dr
 kind.
 """
 import io
+import sys
 
 import numpy
 from PIL import Image, ImageDraw
+
+from weights.terminal import one_sentence
 
 SPLITS = {"train": 4096, "val": 1024}      # images by default
 GRID = 3                                   # an image shows about GRID x GRID things
@@ -139,6 +142,12 @@ def sheet(path: str, columns: int = 12, size: int = 64) -> None:
     page.save(path)
 
 
+def main(argv: list[str]) -> None:
+    with one_sentence("python -m data.demo"):
+        if len(argv) != 1:
+            raise ValueError("needs one argument, as in python -m data.demo OUT.png")
+        sheet(argv[0])
+
+
 if __name__ == "__main__":
-    import sys
-    sys.exit("usage: python -m data.demo OUT.png") if len(sys.argv) != 2 else sheet(sys.argv[1])
+    main(sys.argv[1:])

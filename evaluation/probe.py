@@ -23,6 +23,7 @@ from evaluation.features import CenterCrops
 from evaluation.knn import knn_top1
 from evaluation.metrics import per_cent
 from multicrop import NEUTRAL, MultiCrop, Photometric
+from weights.terminal import reason
 
 PROBED = 1024                            # images, at most
 
@@ -52,7 +53,7 @@ class Probe:
                 (crops,), (params,) = views(images[i], seed=i)
                 return crops, params, -1
             except Exception as error:           # decoders raise nearly anything on damaged files
-                print(f"left out {images.name(i)}: {error}", file=sys.stderr)
+                print(f"left out {images.name(i)}: {reason(error)}", file=sys.stderr)
 
         chosen = [permute(i, len(images), 0) for i in range(min(PROBED, len(images)))]
         with ThreadPoolExecutor() as pool:

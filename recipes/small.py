@@ -13,6 +13,7 @@ import numpy
 
 from data.stream import NoReadableImage, permute
 from recipes.config import Config, flag
+from weights.terminal import reason
 
 SMALL = 100_000             # images; with fewer, recipe small
 SMALL_PEAK = 2.4            # its peak learning rate
@@ -37,7 +38,7 @@ def survey(images, decode: Callable, sample: int = 128) -> Survey:
         try:
             image = decode(images[permute(i, len(images), 0)])
         except Exception as error:       # decoders raise nearly anything on damaged files
-            fault = f"{images.name(permute(i, len(images), 0))}: {error}"
+            fault = f"{images.name(permute(i, len(images), 0))}: {reason(error)}"
             continue
         sides.append(min(image.size))
         pixels = numpy.asarray(image.resize((64, 64)), numpy.float64) / 255        # (64, 64, 3)

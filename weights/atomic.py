@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from weights.terminal import reason
+
 _MARK = b"sha256:"
 
 
@@ -37,7 +39,7 @@ def save(path: str | os.PathLike, state) -> None:
         flush_folder(Path(path).parent)
     except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError on a full disk
         Path(aside).unlink(missing_ok=True)
-        raise OSError(f"{path} could not be saved: {str(error).splitlines()[0]}") from None
+        raise OSError(f"{path} could not be saved: {reason(error)}") from None
 
 
 def flush_folder(folder: Path) -> None:
@@ -84,9 +86,10 @@ def load(path: str | os.PathLike):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no such checkpoint: {path}") from None
+    except PermissionError as error:
+        raise ValueError(f"{path} is unreadable: {error.strerror}") from None
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is damaged, or not a checkpoint ({reason})") from None
+        raise ValueError(f"{path} is damaged, or not a checkpoint ({reason(error)})") from None
 
 
 def write_whole(path: Path, text: str) -> None:

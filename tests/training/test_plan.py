@@ -268,10 +268,10 @@ def test_a_plan_is_in_the_runs_precision(capsys):
 
 
 @pytest.mark.parametrize("argv, expected", [
-    (["--gpus=0"], "--gpus, --gpu-memory, --tflops and --utilisation must be above 0"),
+    (["--gpus=0"], "--gpus: '0': needs a whole number from 1 to 100,000"),
     (["--gpus=3"], "--batch-size 8192 is not divisible by 3 processes"),
-    (["--tflops=0"], "must be above 0"), (["--gpu-memory=nan"], "must be above 0"),
-    (["--explain"], "not allowed with argument"), (["--utilisation=-1"], "must be above 0"),
+    (["--tflops=0"], "--tflops: '0': needs"), (["--gpu-memory=nan"], "--gpu-memory: 'nan': needs"),
+    (["--explain"], "not allowed with argument"), (["--utilisation=-1"], "needs a number"),
     (["--micro-batch=3"], "--micro-batch 3 does not divide the 1024 images of a process; 2 does"),
     (["--arch=regnety_257gf"], "unknown arch"), (["--data=nowhere"], "no such folder")])
 def test_a_plan_that_cannot_be_made(argv, expected, capsys):
