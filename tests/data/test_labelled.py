@@ -82,7 +82,7 @@ def test_what_is_missing_for_a_split_is_named(classes, tmp_path):
     with pytest.raises(ValueError, match="holds train and neither val nor val.txt"):
         (classes / "val").rename(tmp_path / "held out")
         open_splits(str(classes))
-    with pytest.raises(ValueError, match="red needs a folder for each class: .*red/CLASS/.*; or train "
+    with pytest.raises(ValueError, match="needs a folder for each class: .*red/CLASS/.*; or train "
                                          "and val, each with such folders or as a list"):
         open_splits(str(classes / "train" / "red"))
     with pytest.raises(ValueError, match="no class has two"):

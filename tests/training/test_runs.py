@@ -257,10 +257,12 @@ def test_another_runs_folder_is_not_overwritten(photos, tmp_path, capsys):
         assert (out / name).read_bytes() == before[name]
 
 
-def test_a_run_that_never_saved_may_be_changed(photos, tmp_path, capsys):
+def test_a_run_that_never_saved_may_be_changed(photos, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
-    assert "not finite" in refuse(capsys, f"--data={photos}", f"--out={out}", *SMALL, "--steps=4",
-                                  "--lr=1e30", "--max-bad-steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.config.Config.lr_at", lambda *_: 1e30)
+        assert "not finite" in refuse(capsys, f"--data={photos}", f"--out={out}", *SMALL,
+                                      "--steps=4", "--lr=9", "--max-bad-steps=2")
     assert not (out / "checkpoint.pt").exists() and not (out / "trunk.pt").exists()
     (out / "log.jsonl").write_text('{"step": 1, "cut off')
     run(photos, out, "--steps=2")
