@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_options_of_protocols(parser)
     parser.add_argument("--device", action=Text, default="",
                         help="cuda, mps or cpu; none: the best one here")
-    parser.add_argument("--workers", type=number_in(int, 0, 1024),
+    parser.add_argument("--workers", type=number_in(int, 0, 256),
                         default=min(8, os.cpu_count() or 1))
     return parser.parse_args(hyphens(sys.argv[1:] if argv is None else argv))
 
@@ -101,7 +101,7 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--recipe", choices=list(RECIPES), help="none: finetune, or few where "
                        "--labels is given")
     group.add_argument("--epochs", type=number_in(float, 0.001, 100_000))
-    group.add_argument("--batch-size", type=number_in(int, 2, 100_000))
+    group.add_argument("--batch-size", type=number_in(int, 2, 8192))
     group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch")
     group.add_argument("--area", type=share, help="least share of an image's area in a crop")
     group.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))

@@ -57,7 +57,7 @@ PARAMS = ("flip", "brightness", "contrast", "saturation", "hue", "gray", "sigma"
 NEUTRAL = (0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0)      # changes nothing
 MAX_PIXELS = 89_478_485                             # of an image: where PIL begins to warn
 BLUR_RADIUS = 6                                     # pixels: three times the largest sigma
-MAX_COUNT, MAX_SIZE = 100, 4096                     # of the crops of one size; pixels
+MAX_COUNT, MAX_SIZE = 100, 2048                     # of the crops of one size; pixels
 
 
 # What makes a stored image upright, by EXIF's orientation; from 5 on rows become columns.

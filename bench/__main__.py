@@ -26,11 +26,12 @@ from bench.input import bench_features, bench_input, bench_order
 from bench.parts import bench_optimizer, bench_sinkhorn, bench_trunk
 from bench.step import bench_compile, bench_start, bench_step
 from bench.timing import read_results, write_results
-from distributed.hardware import pick_device, pick_precision
+from distributed.hardware import memory_of, pick_device, pick_precision
 from methods.build import TRUNKS
 from multicrop import parse_crops
 from recipes.command_line import configure, hyphens
 from recipes.config import unknown
+from training.plan import cost, memory
 from weights.terminal import Text, number_in, one_sentence
 
 
@@ -70,6 +71,11 @@ def measure(args: argparse.Namespace) -> dict:
         config = configure({"arch": args.arch, "crops": args.crops,
                             "batch_size": max(2, args.micro_batch)})
         config = replace(config, batch_size=args.micro_batch, micro_batch=args.micro_batch)
+        need = sum(memory(cost(config, dtype), config, args.micro_batch,
+                          args.checkpoint_activations, 1, dtype).values())
+        if need > 2 * memory_of(device):
+            raise ValueError(f"{args.arch} needs {need / 1e9:.0f} GB for --micro-batch "
+                             f"{args.micro_batch}, more than there is")
         return bench(config, device, *how, repeats)
 
     return {

@@ -102,7 +102,7 @@ class Config:
     hard: bool = option(False, "one-hot codes")
     temperature: float = option(0.1, "temperature of the predictions", 1e-3, 10)
     queue: int = option(0, "embeddings kept for Sinkhorn, over all ranks; used once full", 0,
-                        1_000_000)
+                        10_000_000)
     queue_start: int = option(0, "step from which the queue is used, if full", 0, MAX_STEPS)
     freeze_prototypes: int = option(313, "steps during which the prototypes stay as they began", 0,
                                     MAX_STEPS)
@@ -127,7 +127,7 @@ class Config:
                             choices=("auto", "bf16", "fp16", "fp32"))
     device: str = option("", "cuda, mps or cpu; none: the best one here")
     workers: int = option(-1, "decoding processes per rank; -1: its processors, on a CPU a quarter",
-                          -1, 1024)
+                          -1, 256)
     seed: int = option(0, "seed of weights, order, crops and augmentations", 0,
                        2 ** 63 - 1)
     log_every: int = option(20, "steps between lines of log.jsonl", 1, MAX_STEPS)

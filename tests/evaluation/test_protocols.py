@@ -27,7 +27,7 @@ def test_torchrun_prints_what_one_process_prints(shades, command):
     (["knn", "{trunk}", "--k=0"], "--k: '0': needs a whole number from 1 to 1,000,000"),
     (["knn", "{trunk}", "--temperature=0.1,nan"], "--temperature: 'nan': needs a number"),
     (["knn", "{trunk}", "--siz=32"], "unrecognized arguments: --siz=32"),
-    (["knn", "{trunk}", "--size=100000"], "'100000': needs a whole number from 8 to 4,096"),
+    (["knn", "{trunk}", "--size=100000"], "'100000': needs a whole number from 8 to 2,048"),
     (["knn", "{trunk}", "--workers=100000"], "--workers: '100000': needs"),
     (["knn", "{trunk}", "--seed=99999999999999999999999"], "--seed: '9"),
     (["knn", "{trunk}", "--device=meta"], "--device meta cannot be used here: needs cuda"),
