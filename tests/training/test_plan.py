@@ -267,6 +267,17 @@ def test_a_plan_is_in_the_runs_precision(capsys):
     assert float(rows["fp32"]["weights cast for autocast"]) == 0
 
 
+def test_the_queue_takes_part_in_the_codes():
+    """Scores and codes (A, L, K) of L earlier images, float32, on each of two ranks."""
+    config = configure({"queue": 1000})
+    counted = plan.cost(config)
+    with_queue, without = (plan.memory(counted, replace(config, queue=queue), 8, False, 2)
+                           for queue in (1000, 0))
+    name = "head, scores and loss"
+    assert with_queue[name] - without[name] == 2 * 2 * 500 * config.prototypes * 4
+    assert with_queue | {name: 0} == without | {name: 0}
+
+
 @pytest.mark.parametrize("argv, expected", [
     (["--gpus=0"], "--gpus: '0': needs a whole number from 1 to 100,000"),
     (["--gpus=3"], "--batch-size 8192 is not divisible by 3 processes"),
