@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -34,82 +35,91 @@ from evaluation import export, finetune, knn, linear, lowshot
 from evaluation.lowshot import SHOTS
 from evaluation.supervised import RECIPES
 from evaluation.task import EvalTask, open_task
+from multicrop import MAX_SIZE
 from recipes.command_line import hyphens
 from weights.atomic import refuse_existing
+from weights.terminal import Text, number_in, one_sentence, reason
 
 PROTOCOLS = {"knn": knn.run, "linear": linear.run, "lowshot": lowshot.run, "finetune": finetune.run,
              "classify": finetune.run_classify, "features": export.run_features,
              "clusters": export.run_clusters}
 
 
-def numbers(kind):
+def several(kind: Callable) -> Callable:
     """"1,2,4" -> a list, for argparse."""
-    return lambda text: [kind(word) for word in text.split(",")]
+    return lambda given: [kind(word) for word in given.split(",")]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure what a trunk has learned.")
+    parser = argparse.ArgumentParser(
+        "evaluate.py", usage="evaluate.py WHAT CHECKPOINT [--data DIR] [more: see --help]",
+        description="Measure what a trunk has learned.", allow_abbrev=False)
     parser.add_argument("what", choices=list(PROTOCOLS))
-    parser.add_argument("checkpoint", help="run folder, checkpoint.pt, trunk.pt, a file of another "
-                        "library, an official name (python -m weights), or random")
-    parser.add_argument("--data", default="", help="folder with train/ and val/, class folders or "
-                        "lists train.txt, val.txt; of classify one folder of classes; of features "
-                        "and clusters any images, as train.py takes them; none: the demo's")
-    parser.add_argument("--arch", default="", help="of the network called random")
-    parser.add_argument("--seed", type=int, default=0, help="of the network called random, of "
-                        "draws and of training")
-    parser.add_argument("--out", default="", help="file of features (.npy) and clusters (.csv), "
-                        "folder of finetune and linear --sgd")
+    parser.add_argument("checkpoint", action=Text, help="run folder, checkpoint.pt, trunk.pt, a "
+                        "file of another library, an official name (python -m weights), or random")
+    parser.add_argument("--data", action=Text, default="", help="folder with train/ and val/, "
+                        "class folders or lists train.txt, val.txt, or one of class folders, of "
+                        "which a fifth is val; of classify one folder of classes; of features and "
+                        "clusters any images, as train.py takes them; none: the demo's")
+    parser.add_argument("--arch", action=Text, default="", help="of the network called random")
+    parser.add_argument("--seed", type=number_in(int, 0, 2 ** 63 - 1), default=0, help="of the "
+                        "network called random, of draws and of training")
+    parser.add_argument("--out", action=Text, default="", help="file of features (.npy) and "
+                        "clusters (.csv), folder of finetune and linear --sgd")
     shown = parser.add_argument_group("preprocessing")
-    shown.add_argument("--size", type=int, default=0,
+    shown.add_argument("--size", type=number_in(int, 8, MAX_SIZE), default=0,
                        help="pixels; none: the size of the run's first crops, else 224")
-    shown.add_argument("--crop-ratio", type=float, help="central square over short side; 0: the "
-                       "whole image as a square; none: 0.875, demo 1, a fine-tuned network's own")
+    shown.add_argument("--crop-ratio", type=number_in(float, 0.1, 1, or_else=0), help="central "
+                       "square over short side; 0: the whole image as a square; none: 0.875, demo "
+                       "1, a fine-tuned network's own")
     shown.add_argument("--bicubic", action=argparse.BooleanOptionalAction)
     add_options_of_protocols(parser)
-    parser.add_argument("--device", default="", help="cuda, mps or cpu; none: the best one here")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--device", action=Text, default="",
+                        help="cuda, mps or cpu; none: the best one here")
+    parser.add_argument("--workers", type=number_in(int, 0, 256),
+                        default=min(8, os.cpu_count() or 1))
     return parser.parse_args(hyphens(sys.argv[1:] if argv is None else argv))
 
 
 def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
+    count, share = number_in(int, 1, 1_000_000), number_in(float, 0.001, 1)
     group = parser.add_argument_group("knn")
-    group.add_argument("--k", type=numbers(int), default=[20], help="neighbours, one or several: "
+    group.add_argument("--k", type=several(count), default=[20], help="neighbours, one or several: "
                        "10,20,200 (SEER: 200; 20)")
-    group.add_argument("--temperature", type=numbers(float), default=[0.1],
+    group.add_argument("--temperature", type=several(number_in(float, 0.001, 1000)), default=[0.1],
                        help="of the votes, one or several (SEER: 0.1, 10B 0.07)")
     group = parser.add_argument_group("linear and lowshot")
-    group.add_argument("--depths", type=numbers(str), default=["avgpool"],
+    group.add_argument("--depths", type=several(str), default=["avgpool"],
                        help="one or several of res2 to res5 and avgpool: res4,res5,avgpool")
-    group.add_argument("--shots", type=numbers(int), default=list(SHOTS),
+    group.add_argument("--shots", type=several(count), default=list(SHOTS),
                        help="of lowshot: images a class")
-    group.add_argument("--draws", type=int, default=5, help="of lowshot, for each number of shots")
+    group.add_argument("--draws", type=number_in(int, 1, 1000), default=5,
+                       help="of lowshot, for each number of shots")
     group.add_argument("--sgd", action="store_true", help="linear: VISSL's recipe")
     group = parser.add_argument_group("finetune, and linear --sgd")
-    group.add_argument("--labels", default="", help="a share of each class' labels, as 0.01, or a "
-                       "list of file names; none: all")
+    group.add_argument("--labels", action=Text, default="", help="a share of each class' labels, "
+                       "as 0.01, or a list of file names; none: all")
     group.add_argument("--recipe", choices=list(RECIPES), help="none: finetune, or few where "
                        "--labels is given")
-    group.add_argument("--epochs", type=float)
-    group.add_argument("--batch-size", type=int)
-    group.add_argument("--lr", type=float, help="per 256 images of batch")
-    group.add_argument("--area", type=float, help="least share of an image's area in a crop")
+    group.add_argument("--epochs", type=number_in(float, 0.001, 100_000))
+    group.add_argument("--batch-size", type=number_in(int, 2, 8192))
+    group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch")
+    group.add_argument("--area", type=share, help="least share of an image's area in a crop")
     group.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
-    parser.add_argument("--classes", default="", help="classify: file of all class names, in order")
+    parser.add_argument("--classes", action=Text, default="",
+                        help="classify: file of all class names, in order")
     group = parser.add_argument_group("pictures to look at")
-    group.add_argument("--sheet", default="", help="knn: queries with their neighbours, right and "
-                       "wrong ones framed; clusters: images nearest to the largest ones; a PNG")
+    group.add_argument("--sheet", action=Text, default="", help="knn: queries with their "
+                       "neighbours, right and wrong ones framed; clusters: images nearest to the "
+                       "largest ones; a PNG")
     group.add_argument("--force", action="store_true", help="replace the files of --sheet, and of "
                        "clusters --out, where they are there")
-    group.add_argument("--rows", type=int, default=16)
-    group.add_argument("--columns", type=int, default=10)
+    group.add_argument("--rows", type=number_in(int, 1, 100), default=16)
+    group.add_argument("--columns", type=number_in(int, 1, 100), default=10)
 
 
-def check(options: argparse.Namespace) -> None:
-    if options.size < 0 or options.crop_ratio is not None and not 0 <= options.crop_ratio <= 1:
-        raise ValueError("needs --size of at least 0, and --crop-ratio from 0 to 1")
-    if min(options.rows, options.columns) < 1:
-        raise ValueError("--rows and --columns must be at least 1")
+def check_files(options: argparse.Namespace) -> None:
+    """Raises ValueError where a file of the user's would be replaced."""
     if options.sheet:
         refuse_existing(options.sheet, options.force)
     if options.what == "clusters":
@@ -117,40 +127,37 @@ def check(options: argparse.Namespace) -> None:
 
 
 def report(task: EvalTask, result: dict) -> None:
-    """The line on stdout, and in results.jsonl beside the checkpoint."""
+    """The line in results.jsonl beside the checkpoint, and then on stdout, which may be closed."""
     options = task.options
     line = json.dumps({
         "protocol": options.what, "checkpoint": options.checkpoint, "sha256": task.digest(),
         "data": options.data or "demo", **task.preprocessing.geometry, "seed": options.seed,
         "arch": options.arch or task.config.get("arch", ""), **result})
-    print(line)
     if task.loaded:
         results = task.loaded.path.parent / "results.jsonl"
         try:
             with open(results, "a") as file:
                 file.write(line + "\n")
         except OSError as error:
-            print(f"{results} could not be written: {error}", file=sys.stderr)
+            print(f"could not be written: {reason(error)}", file=sys.stderr)
+    print(line)
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
-    try:
-        check(options)
-        if "RANK" in os.environ:
-            cuda = pick_device(options.device).type == "cuda"
-            init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=60))
-        task = open_task(options)
-        result = PROTOCOLS[options.what](task)
-        if is_main():
-            report(task, result)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"evaluate.py: error: {reason}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with one_sentence("evaluate.py"):
+        options = parse(argv)
+        check_files(options)
+        try:
+            if "RANK" in os.environ:
+                cuda = pick_device(options.device).type == "cuda"
+                init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=60))
+            task = open_task(options)
+            result = PROTOCOLS[options.what](task)
+            if is_main():
+                report(task, result)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ taken over all tensors at once (foreach), and no norm ever visits the host. On a
 block by block: p, g and v come into the cache once and p and v leave it once, so with the norms a
 step passes over memory seven times, where tensor by tensor it would be thirteen.
 """
+import math
 from typing import Iterable, Iterator
 
 import torch
@@ -35,15 +36,16 @@ class LARC(torch.optim.Optimizer):
     """SGD with layer-wise adaptive rate.
 
     params: tensors or parameter groups, as for every torch optimizer.  lr: global rate.
-    Defaults are SwAV's. Raises ValueError for a negative rate, momentum or weight decay.
+    Defaults are SwAV's. Raises ValueError for a number that is negative or not finite.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
                  trust_coefficient: float = 0.001, eps: float = 1e-8):
-        if min(lr, momentum, weight_decay, trust_coefficient, eps) < 0:
-            raise ValueError("LARC takes lr, momentum, weight_decay, trust_coefficient, eps >= 0")
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
-                                      trust_coefficient=trust_coefficient, eps=eps))
+        numbers = dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                       trust_coefficient=trust_coefficient, eps=eps)
+        if not all(0 <= x < math.inf for x in numbers.values()):
+            raise ValueError(f"LARC takes finite numbers of at least 0, not {numbers}")
+        super().__init__(params, numbers)
 
     @torch.no_grad()
     def step(self, closure=None):

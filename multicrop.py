@@ -60,6 +60,7 @@ PARAMS = ("flip", "brightness", "contrast", "saturation", "hue", "gray", "sigma"
 NEUTRAL = (0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0)      # changes nothing
 MAX_PIXELS = 89_478_485                             # of an image: where PIL begins to warn
 BLUR_RADIUS = 6                                     # pixels: three times the largest sigma
+MAX_COUNT, MAX_SIZE = 100, 2048                     # of the crops of one size; pixels
 
 
 # What makes a stored image upright, by EXIF's orientation; from 5 on rows become columns.
@@ -89,9 +90,10 @@ def parse_crops(text: str) -> list[CropSpec]:
         count, size = int(match[1]), int(match[2])
         scale = (float(match[3]), float(match[4])) if match[3] else (
             (0.14, 1.0) if i == 0 else (0.05, 0.14))
-        if count < 1 or size <= BLUR_RADIUS or not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"crops {text!r}: {part!r} needs a count of at least 1, a size of "
-                             f"more than {BLUR_RADIUS} pixels and 0 < FROM <= TO <= 1")
+        if not (0 < count <= MAX_COUNT and BLUR_RADIUS < size <= MAX_SIZE
+                and 0 < scale[0] <= scale[1] <= 1):
+            raise ValueError(f"crops {text!r}: {part!r} needs a count of 1 to {MAX_COUNT}, a size "
+                             f"of {BLUR_RADIUS + 1} to {MAX_SIZE:,} pixels and 0 < FROM <= TO <= 1")
         specs.append(CropSpec(count, size, scale))
     return specs
 

@@ -35,22 +35,29 @@ BLOCK = 2 ** 19              # numbers in a block of rows on a CPU: 2 MiB of flo
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3,
-             group: dist.ProcessGroup | None = None, hard: bool = False) -> Tensor:
+             group: dist.ProcessGroup | None = None, hard: bool = False,
+             check: bool = False) -> Tensor:
     """Equal-partition assignment of samples to prototypes.
 
     scores: cosines, (B, K), or (A, B, K) for A problems solved at once with the same collectives.
-        Any float type; the arithmetic is float32 or better whatever autocast does.
+        Any float type; the arithmetic is float32 or better whatever autocast does. Other scores,
+        as products of vectors that are not of unit norm, overflow and give NaN.
     epsilon: the smaller, the closer to a one-to-one assignment; 0.05 (SwAV), 0.03 (SEER-10B).
     iterations: 3 (SwAV) or 10 (SEER).
     group: the processes that share the problem; None: the default group if there is one.
     hard: one-hot codes, the largest entry of each row.
+    check: whether this process' scores are looked at first, which waits for the device.
 
     Returns codes in the shape of scores, float32 (float64 for float64), rows sum to 1.
-    Raises ValueError for a wrong number of dimensions, epsilon <= 0 or iterations < 1.
+    Raises ValueError for a wrong number of dimensions, epsilon <= 0 or iterations < 1; with check,
+    for scores that are not cosines.
     """
     if scores.dim() not in (2, 3) or epsilon <= 0 or iterations < 1:
         raise ValueError(f"sinkhorn takes (B, K) or (A, B, K) scores, epsilon > 0 and iterations "
                          f">= 1, not {tuple(scores.shape)}, {epsilon} and {iterations}")
+    if check and not scores.abs().max() <= 1.01:             # bf16 rounds 1 to at most 1.008
+        raise ValueError("sinkhorn takes cosines, from -1 to 1, and the scores go from "
+                         f"{scores.min():g} to {scores.max():g}: normalise both vectors")
     problems = scores if scores.dim() == 3 else scores[None]             # (A, B, K)
     solve = _scaling if epsilon >= SAFE_EPSILON else _log_domain
     with torch.autocast(scores.device.type, enabled=False):

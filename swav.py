@@ -54,6 +54,7 @@ class SwAV(nn.Module):
     temperature: of the predictions.
     queue: L on this process, 0 for none; used from step queue_start on, once it is full.
     frozen_steps: first steps, in which the prototypes stay as they began.
+    Raises ValueError for a trunk without num_features, and a head or prototypes of nothing.
     """
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (8192, 8192, 256),
@@ -65,6 +66,10 @@ class SwAV(nn.Module):
         if not head or min(*head, prototypes) < 1:
             raise ValueError(f"SwAV needs a head of at least one width and at least one prototype, "
                              f"not {tuple(head)} and {prototypes}")
+        if not isinstance(getattr(trunk, "num_features", None), int):
+            raise ValueError("SwAV's trunk is a module that returns features (B, num_features) and "
+                             "has that number as num_features; of torchvision's ResNet-50: "
+                             "trunk.num_features, trunk.fc = 2048, torch.nn.Identity()")
         self.trunk = trunk
         self.head = nn.Sequential()
         widths = [trunk.num_features, *head]

@@ -61,7 +61,7 @@ from training.signals import (
     Stop,
     leave_signals_to_the_parent,
 )
-from training.terminal import outlive_terminal
+from weights.terminal import outlive_terminal, reason
 
 
 def step_gradients(run: Run, step: int, micro_batches: list) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -190,11 +190,9 @@ def open_loader(run: Run) -> Loader:
 
 # ------------------------------------------------------------------------------------ the program
 def fail(error: Exception) -> None:
-    """Print the last line of the error, and exit with status 2. A worker's error carries a
-    traceback, whose last line is the message."""
-    reason = str(error).strip().splitlines()[-1].removeprefix("data.stream.NoReadableImage: ")
+    """Print the error in one sentence, and exit with status 2."""
     who = f"rank {dist.get_rank()}: " if dist.is_initialized() else ""
-    print(f"train.py: error: {who}{reason}", file=sys.stderr)
+    print(f"train.py: error: {who}{reason(error)}", file=sys.stderr)
     sys.exit(2)
 
 

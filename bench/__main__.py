@@ -26,35 +26,43 @@ from bench.input import bench_features, bench_input, bench_order
 from bench.parts import bench_optimizer, bench_sinkhorn, bench_trunk
 from bench.step import bench_compile, bench_start, bench_step
 from bench.timing import read_results, write_results
-from distributed.hardware import pick_device, pick_precision
+from distributed.hardware import memory_of, pick_device, pick_precision
+from methods.build import TRUNKS
 from multicrop import parse_crops
 from recipes.command_line import configure, hyphens
+from recipes.config import unknown
+from training.plan import cost, memory
+from weights.terminal import Text, number_in, one_sentence
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench",
-                                     description="Measure speed beside the baseline.")
+    parser = argparse.ArgumentParser(
+        "python -m bench", usage="python -m bench WHAT [--arch ARCH] [--crops CROPS] [more: see "
+        "--help]", description="Measure speed beside the baseline.", allow_abbrev=False)
     parser.add_argument("what", choices=["step", "compile", "trunk", "start", "sinkhorn",
                                          "optimizer", "growth", "features", "input", "order"])
     parser.add_argument("--arch", default="regnety_400mf",
                         help="of step, compile, trunk, start, optimizer and features")
     parser.add_argument("--crops", default="2x160+4x96",
                         help="of step, compile and input; of trunk the first size")
-    parser.add_argument("--micro-batch", type=int, default=16,
+    parser.add_argument("--micro-batch", type=number_in(int, 1, 100_000), default=16,
                         help="images of step, compile and trunk")
     parser.add_argument("--checkpoint-activations", action="store_true",
                         help="in step and compile")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
-    parser.add_argument("--device", default="", help="cuda, mps or cpu; none: the best one here")
-    parser.add_argument("--repeats", type=int, default=0, help="(5; of sinkhorn 15)")
-    parser.add_argument("--out", default="runs/bench.json", help="where results are added")
+    parser.add_argument("--device", action=Text, default="",
+                        help="cuda, mps or cpu; none: the best one here")
+    parser.add_argument("--repeats", type=number_in(int, 1, 10_000), help="(5; of sinkhorn 15)")
+    parser.add_argument("--out", action=Text, default="runs/bench.json",
+                        help="where results are added")
     return parser.parse_args(hyphens(argv))
 
 
 def measure(args: argparse.Namespace) -> dict:
     """What args.what asks for. Raises ValueError for what cannot be measured."""
-    if args.micro_batch < 1 or args.repeats < 0:
-        raise ValueError("--micro-batch must be at least 1, and --repeats not below 0")
+    if args.arch not in TRUNKS:
+        raise ValueError(unknown("arch", args.arch, TRUNKS))
+    first, *_ = parse_crops(args.crops)
     read_results(Path(args.out))        # or minutes of measuring would be lost
     device, repeats = pick_device(args.device), args.repeats or 5
     dtype = pick_precision(args.precision, device)
@@ -63,13 +71,18 @@ def measure(args: argparse.Namespace) -> dict:
         config = configure({"arch": args.arch, "crops": args.crops,
                             "batch_size": max(2, args.micro_batch)})
         config = replace(config, batch_size=args.micro_batch, micro_batch=args.micro_batch)
+        need = sum(memory(cost(config, dtype), config, args.micro_batch,
+                          args.checkpoint_activations, 1, dtype).values())
+        if need > 2 * memory_of(device):
+            raise ValueError(f"{args.arch} needs {need / 1e9:.0f} GB for --micro-batch "
+                             f"{args.micro_batch}, more than there is")
         return bench(config, device, *how, repeats)
 
     return {
         "step": lambda: of_network(bench_step, dtype, args.checkpoint_activations),
         "compile": lambda: of_network(bench_compile, dtype, args.checkpoint_activations),
         "optimizer": lambda: of_network(bench_optimizer),
-        "trunk": lambda: bench_trunk(args.arch, args.micro_batch, parse_crops(args.crops)[0].size,
+        "trunk": lambda: bench_trunk(args.arch, args.micro_batch, first.size,
                                      device, dtype, repeats),
         "start": lambda: bench_start(args.arch),
         "sinkhorn": lambda: bench_sinkhorn(args.repeats or 15),
@@ -80,19 +93,13 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    try:
-        write_results(Path(args.out), args.what, measure(args))
-    except torch.OutOfMemoryError:
-        fail("the device has no room for this step: try a smaller --micro-batch or "
-             "--checkpoint-activations")
-    except (ValueError, RuntimeError, OSError) as error:
-        fail(str(error))
-
-
-def fail(sentence: str) -> None:
-    print(f"bench: error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    with one_sentence("python -m bench"):
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        try:
+            write_results(Path(args.out), args.what, measure(args))
+        except torch.OutOfMemoryError:
+            raise RuntimeError("the device has no room for this step: try a smaller --micro-batch "
+                               "or --checkpoint-activations") from None
 
 
 if __name__ == "__main__":

@@ -14,10 +14,13 @@ is kept; one takes under a millisecond to make. `python -m data.demo OUT.png` dr
 kind.
 """
 import io
-import os
+import sys
 
 import numpy
 from PIL import Image, ImageDraw
+
+from weights.atomic import refuse_existing
+from weights.terminal import one_sentence
 
 SPLITS = {"train": 4096, "val": 1024}      # images by default
 GRID = 3                                   # an image shows about GRID x GRID things
@@ -144,8 +147,13 @@ def sheet(path: str, columns: int = 12, size: int = 64) -> None:
     page.save(path)
 
 
+def main(argv: list[str]) -> None:
+    with one_sentence("python -m data.demo"):
+        if len(argv) != 1:
+            raise ValueError("needs one argument, as in python -m data.demo OUT.png")
+        refuse_existing(argv[0])
+        sheet(argv[0])
+
+
 if __name__ == "__main__":
-    import sys
-    if len(sys.argv) != 2 or os.path.lexists(sys.argv[1]):
-        sys.exit("usage: python -m data.demo OUT.png, a file that is not there yet")
-    sheet(sys.argv[1])
+    main(sys.argv[1:])

@@ -22,8 +22,10 @@ import numpy
 import torch
 
 from data.shards import SUFFIXES, is_picture, open_shards, pack
+from weights.terminal import Text, one_sentence
 
 MAX_BYTES = 2 ** 30                  # of a file; larger ones are no images
+MAX_SHARD = 10 ** 12                 # bytes: an index holds places below 2.2e12 (shards.py)
 NOT_WAITING = getattr(os, "O_NONBLOCK", 0)
 
 
@@ -35,9 +37,20 @@ def open_images(spec: str | os.PathLike):
     no image in it.
     """
     spec = os.fspath(spec)
+    if scheme := re.match(r"(\w{2,})://", spec):
+        tool = {"s3": "mount-s3", "gs": "gcsfuse", "hdfs": "hadoop-fuse-dfs"}
+        raise ValueError(f"{spec} is no path: mount it as a folder "
+                         f"({tool.get(scheme[1], 'rclone mount')}), or copy it here")
     if os.path.isdir(spec):
-        return Files(spec, walk(spec), f"no images in {spec}: looked at all depths for "
-                                       f"{', '.join(SUFFIXES)}")
+        try:
+            return Files(spec, walk(spec), f"no images in {spec}: looked at all depths for "
+                                           f"{', '.join(SUFFIXES)}")
+        except ValueError:
+            for folder, _, files in os.walk(spec):
+                if any(name.endswith(".tar") for name in files):
+                    raise ValueError(f"no images in {spec}, but tar files: name them, as in "
+                                     f"--data '{os.path.join(folder, '*.tar')}'") from None
+            raise
     if spec.endswith(".tar") or not os.path.exists(spec) and (glob.has_magic(spec) or "{" in spec):
         return open_shards(spec)
     if os.path.isfile(spec):
@@ -46,14 +59,19 @@ def open_images(spec: str | os.PathLike):
 
 
 def read_list(path: str) -> Iterator[bytes]:
-    """The lines of a text file, as they are; without a byte order mark, and empty ones."""
-    with open(path, "rb") as file:
-        if b"\0" in file.read(4096):
-            raise ValueError(f"{path} is no list of paths, one a line, in UTF-8")
-        file.seek(0)
-        for number, line in enumerate(file):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-            yield from filter(None, [line.strip(b"\r\n")])
+    """The lines of a text file; without a byte order mark, spaces at their ends, empty ones and
+    comments, which begin with #. Raises ValueError where it cannot be read, or is no text."""
+    try:
+        with open(path, "rb") as file:
+            if b"\0" in file.read(4096):
+                raise ValueError(f"{path} is no list of paths, one a line, in UTF-8")
+            file.seek(0)
+            for number, line in enumerate(file):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+                if (line := line.rstrip()) and not line.lstrip().startswith(b"#"):
+                    yield line
+    except OSError as error:
+        raise ValueError(f"{path} is unreadable: {error.strerror}") from None
 
 
 def walk(root: str) -> Iterator[bytes]:
@@ -139,28 +157,28 @@ class Files:
         return numpy.array([number[top] for top in self._top_folders]) if number else None
 
 
-def parse_size(text: str) -> int:
+def parse_size(given: str) -> int:
     """"1G", "500M", "64k" or a number -> bytes, in powers of 1000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]?)B?", text)
-    if not match or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, as in 500M or 1G")
-    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]?)B?", given)
+    size = int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else 0
+    if not 0 < size <= MAX_SHARD:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a size of 1 byte to 1T, as 500M or 1G")
+    return size
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.images",
-                                     description="Pack images into tar files.")
-    parser.add_argument("what", choices=["pack"])
-    parser.add_argument("source", help="folder, list of paths, or shards")
-    parser.add_argument("out", help="folder for 000000.tar, 000001.tar, ...")
-    parser.add_argument("--shard-size", type=parse_size, default="1G", help="bytes, as in 500M; 1G")
-    args = parser.parse_args(argv)
-    try:
+    with one_sentence("python -m data.images"):
+        parser = argparse.ArgumentParser(
+            "python -m data.images", usage="python -m data.images pack SOURCE OUT [--shard-size "
+            "SIZE]", description="Pack images into tar files.", allow_abbrev=False)
+        parser.add_argument("what", choices=["pack"])
+        parser.add_argument("source", action=Text, help="folder, list of paths, or shards")
+        parser.add_argument("out", action=Text, help="folder for 000000.tar, 000001.tar, ...")
+        parser.add_argument("--shard-size", type=parse_size, default="1G",
+                            help="bytes, as in 500M; 1G")
+        args = parser.parse_args(argv)
         paths = pack(open_images(args.source), args.out, args.shard_size)
-    except (ValueError, OSError) as error:
-        print(f"data.images: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"--data '{args.out}/{{000000..{len(paths) - 1:06d}}}.tar'")
+        print(f"--data '{args.out}/{{000000..{len(paths) - 1:06d}}}.tar'")
 
 
 if __name__ == "__main__":

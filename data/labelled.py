@@ -1,6 +1,7 @@
 """Images with labels: class folders, lists of paths and labels, or the built-in demo images.
 
     train, val = open_splits("flowers/")                # flowers/train/CLASS/*.jpg, flowers/val/...
+    train, val = open_splits("photos/")                 # photos/CLASS/*.jpg: a fifth of them is val
     val = open_labelled("flowers/val", train.classes)   # one of them, with classes in that order
     val.targets, val.labels                             # bool (N, K), and numbers of classes (N,)
 
@@ -9,6 +10,7 @@ A list is a text file, DIR/train.txt or DIR/val.txt, with a path and its labels 
 
 Shapes: N images, K classes.
 """
+import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from data.demo import DemoImages
-from data.images import Files, open_images
+from data.images import Files, open_images, read_list
 
 
 class Labelled(NamedTuple):
@@ -39,6 +41,10 @@ class Labelled(NamedTuple):
                              targets=self.targets[indices])
 
 
+class NoClasses(ValueError):
+    """Images that are not in class folders."""
+
+
 class _NamedSubset(Subset):
     def name(self, i: int) -> str:
         return self.dataset.name(self.indices[i])
@@ -52,8 +58,7 @@ def open_labelled(source: str | os.PathLike, classes: Sequence[str] = ()) -> Lab
     """
     source = os.fspath(source)
     if os.path.isfile(source):
-        with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = [line.rsplit(None, 1) for line in file if line.strip()]
+        lines = [os.fsdecode(line).rsplit(None, 1) for line in read_list(source)]
         if any(len(line) < 2 for line in lines):
             raise ValueError(f"{source} has a line without a path and a label")
         images = Files(os.path.dirname(source), (os.fsencode(path.strip()) for path, _ in lines),
@@ -62,7 +67,8 @@ def open_labelled(source: str | os.PathLike, classes: Sequence[str] = ()) -> Lab
     else:
         images = open_images(source)
         if images.labels is None:
-            raise ValueError(f"{source} needs a folder for each class: CLASS/*.jpg")
+            raise NoClasses(f"{source} needs a folder for each class: "
+                            f"{os.path.join(source, 'CLASS', '*.jpg')}")
         names = [[images.classes[label]] for label in images.labels]
     found = {name for row in names for name in row}
     if classes and found - set(classes):
@@ -81,15 +87,48 @@ def one_hot(names: Sequence[Sequence[str]], classes: list[str]) -> Tensor:
     return targets
 
 
+def split(whole: Labelled) -> tuple[Labelled, Labelled]:
+    """Train and val of a set that has no parts: of the images of each class (of all that have the
+    same labels) the fifth whose names have the smallest SHA-256, at least one of two, is val.
+    Raises ValueError where no class has two."""
+    groups, val = {}, []
+    for i, row in enumerate(whole.targets):
+        groups.setdefault(row.numpy().tobytes(), []).append(i)
+    for members in groups.values():
+        members.sort(key=lambda i: hashlib.sha256(
+            os.fsencode(whole.images.name(i).replace(os.sep, "/"))).digest())
+        val += members[:max(len(members) // 5, len(members) > 1)]
+    if not val:
+        raise ValueError("too few images for train and val: no class has two")
+    kept = sorted({*range(len(whole.targets))} - {*val})
+    return whole.subset(kept), whole.subset(sorted(val))
+
+
+def find_splits(data: str) -> list[Path]:
+    """DIR/train and DIR/val, each a list with .txt behind its name or a folder; those there are."""
+    places = ((Path(data, f"{part}.txt"), Path(data, part)) for part in ("train", "val"))
+    return [place for pair in places for place in [*filter(Path.exists, pair)][:1]]
+
+
 def open_splits(data: str) -> tuple[Labelled, Labelled]:
-    """DIR/train and DIR/val, each a folder of class folders or a list with .txt behind its name; or
-    "" for the demo images. Raises ValueError where their classes differ."""
+    """DIR/train and DIR/val, each a folder of class folders or a list with .txt behind its name; of
+    a folder of class folders alone, or a list, `split` makes both; "" for the demo images. Raises
+    ValueError where one of both is missing, and where their classes differ."""
     if not data:
         demo = DemoImages("train"), DemoImages("val")
         return tuple(Labelled(images, one_hot([[images.classes[k]] for k in images.labels],
                                               images.classes), images.classes) for images in demo)
-    lists = [Path(data, f"{split}.txt") for split in ("train", "val")]
-    train, val = (open_labelled(file if file.is_file() else file.with_suffix("")) for file in lists)
+    parts = find_splits(data)
+    if not parts:
+        try:
+            return split(open_labelled(data))
+        except NoClasses as error:
+            raise ValueError(f"{error}; or train and val, each with such folders or as a list, "
+                             "train.txt and val.txt, of a path and its label a line") from None
+    if len(parts) == 1:
+        missing = "val" if parts[0].stem == "train" else "train"
+        raise ValueError(f"{data} holds {parts[0].name} and neither {missing} nor {missing}.txt")
+    train, val = map(open_labelled, parts)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(f"train and val of {data} differ in their classes: {odd[:5]}")

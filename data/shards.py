@@ -31,6 +31,8 @@ import numpy
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from weights.terminal import reason
+
 try:
     import fcntl
 except ImportError:                      # Windows
@@ -148,7 +150,7 @@ def open_shards(spec: str) -> Shards:
             shards = Shards(paths, index) if any(n for *_, n in read_footer(index)) else None
             break
         except (OSError, RuntimeError) as error:        # RuntimeError: a user without a home
-            faults.append(str(error))
+            faults.append(reason(error))
     else:
         raise ValueError(f"the index of {spec} cannot be written: {'; '.join(faults)}")
     if shards is None:
@@ -302,7 +304,7 @@ def scan(path: str) -> tuple[numpy.ndarray, str]:
     except tarfile.ReadError:
         faults.append("not a tar file, or a compressed one, which cannot be read at random")
     except Exception as error:                          # tarfile raises nearly anything
-        faults.append(f"{type(error).__name__}: {error}")
+        faults.append(f"{type(error).__name__}: {reason(error)}")
     return numpy.array(rows, numpy.uint32).reshape(-1, 3), "; ".join(faults)
 
 
@@ -353,7 +355,7 @@ def next_member(images, waiting) -> tuple[tarfile.TarInfo, io.BytesIO] | None:
                 raise ValueError(f"its name does not end like an image's ({', '.join(SUFFIXES)})")
             data = images[i]
         except (OSError, ValueError) as error:
-            tqdm.write(f"left out {name}: {error}", file=sys.stderr)
+            tqdm.write(f"left out {name}: {reason(error)}", file=sys.stderr)
             continue
         info = tarfile.TarInfo("/".join(p for p in name.split("/") if p not in ("", ".", "..")))
         info.size = len(data)

@@ -60,7 +60,7 @@ def fault_of(error: Exception, name: str) -> Fault:
     else:
         cause = ("vanished" if isinstance(error, FileNotFoundError) else
                  "unreadable" if isinstance(error, OSError) else "damaged")
-        detail = f"{type(error).__name__}: {detail}"
+        detail = getattr(error, "strerror", None) or f"{type(error).__name__}: {detail}"
     return Fault(*(text.encode(errors="backslashreplace").decode()          # printable
                    for text in (name, cause, detail)))
 

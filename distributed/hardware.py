@@ -17,11 +17,19 @@ try:
 except ImportError:                      # Windows
     resource = None
 
+DEVICES = ("cuda", "mps", "cpu")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for a kind of device on which nothing can be computed, as meta."""
+    if name.partition(":")[0] not in ("", *DEVICES):
+        raise ValueError(f"--device {name} cannot be used here: needs {', '.join(DEVICES)}")
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """name: cuda, cuda:1, mps or cpu; "": the best one here. Raises ValueError."""
+    check_device(name)
     if not name:
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")

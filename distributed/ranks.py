@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weights.terminal import reason
+
 
 def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -54,7 +56,7 @@ def fail_together(*kinds: type[Exception]):
     try:
         yield
     except kinds or (ValueError, OSError) as error:
-        errors = [str(error) or type(error).__name__]
+        errors = [reason(error)]
     if errors := gather_lists(errors):
         raise ValueError(errors[0])
 

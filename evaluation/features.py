@@ -20,6 +20,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+from data.stream import fault_of
 from distributed.hardware import layout
 from distributed.ranks import gather_lists, my_share
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, decode
@@ -77,7 +78,7 @@ class CenterCrops(Dataset):
         try:
             image = decode(self.images[i])
         except Exception as error:           # a file system's errors too
-            print(f"left out {self.images.name(i)}: {error}", file=sys.stderr)
+            print("left out", ": ".join(fault_of(error, self.images.name(i))), file=sys.stderr)
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
         image = TF.resize(image, self.resize, self.filter)
         return TF.pil_to_tensor(TF.center_crop(image, self.size)), True

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.images import read_list
 from data.labelled import Labelled, open_labelled, open_splits
 from data.stream import mix
 from evaluation.supervised import train_with_labels
@@ -63,7 +64,7 @@ def some_labels(train: Labelled, labels: str) -> Labelled:
 
 
 def _listed(images, path: str) -> list[int]:
-    wanted = set(filter(None, map(str.strip, Path(path).read_text("utf-8").splitlines())))
+    wanted = {os.fsdecode(line.strip()) for line in read_list(path)}
     names = [images.name(i) for i in range(len(images))]
     if not wanted & set(names):                         # SimCLR's have no folders
         names = [os.path.basename(name) for name in names]
@@ -99,9 +100,8 @@ def run_classify(task: EvalTask) -> dict:
     count = len(tensors["fc.weight"])
     model = Finetuned(task.trunk, count)
     load_weights(model, task.loaded)
-    classes = (Path(options.classes).read_text().split("\n") if options.classes
-               else task.config.get("classes") or [])
-    classes = [name.strip() for name in classes if name.strip()]
+    classes = ([os.fsdecode(line.strip()) for line in read_list(options.classes)]
+               if options.classes else task.config.get("classes") or [])
     if classes and len(classes) != count:
         raise ValueError(f"the network has {count} classes, the list of them {len(classes)}")
     val = _to_classify(options.data, classes)

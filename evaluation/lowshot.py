@@ -101,8 +101,6 @@ def run(task: EvalTask) -> dict:
     """Mean and deviation over the draws of top-1 (or mean average precision), for each number of
     shots and depth; first those of the most shots."""
     options = task.options
-    if min(options.shots) < 1 or options.draws < 1:
-        raise ValueError("lowshot needs --shots and --draws of at least 1")
     train, val = task.extract_splits(options.depths, multilabel=True)
     what, rows = "map" if train.labelled.multilabel else "top1", []
     smallest = int(train.labelled.targets.sum(0).min())

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data.images import open_images
-from data.stream import permute
+from data.stream import fault_of, permute
 from distributed.hardware import autocast
 from evaluation.features import CenterCrops
 from evaluation.knn import knn_top1
@@ -52,7 +52,7 @@ class Probe:
                 (crops,), (params,) = views(images[i], seed=i)
                 return crops, params, -1
             except Exception as error:           # decoders raise nearly anything on damaged files
-                print(f"left out {images.name(i)}: {error}", file=sys.stderr)
+                print("left out", ": ".join(fault_of(error, images.name(i))), file=sys.stderr)
 
         chosen = [permute(i, len(images), 0) for i in range(min(PROBED, len(images)))]
         with ThreadPoolExecutor() as pool:

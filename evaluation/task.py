@@ -11,6 +11,7 @@ Shapes: N images, C features.
 import argparse
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from data.images import open_images
-from data.labelled import Labelled, open_splits
+from data.labelled import Labelled, find_splits, open_splits
 from distributed.hardware import pick_device
+from distributed.ranks import is_main
 from evaluation.features import SEER_FINETUNED, CenterCrops, Depths, Preprocessing, extract
 from methods.build import TRUNKS, build_trunk
 from multicrop import parse_channels, parse_crops
@@ -121,7 +123,12 @@ class EvalTask:
     def splits(self, multilabel: bool = False) -> tuple[Labelled, Labelled]:
         """The labelled dataset, train and val. multilabel: whether images may have several labels;
         else they raise ValueError."""
-        train, val = open_splits(self.options.data)
+        data = self.options.data
+        train, val = open_splits(data)
+        if data and not find_splits(data) and is_main():
+            print(f"{data} has no train and val: a fifth of each class, chosen by a hash of the "
+                  f"names, is val: {len(val.targets):,} of "
+                  f"{len(train.targets) + len(val.targets):,} images", file=sys.stderr)
         if not multilabel and (train.multilabel or val.multilabel):
             raise ValueError(f"{self.options.what} needs images with one label each")
         return train, val

@@ -15,31 +15,37 @@ from recipes.config import LENGTHS, WRITTEN, Config, complete, flag, unknown, wi
 from recipes.medium import LARGE, TFLOPS, UTILISATION, medium, shortened
 from recipes.published import RECIPES, SWAV, seer
 from recipes.small import SMALL, small, survey
+from weights.terminal import Text, number_in
 
-# of --plan: value and help text
-MACHINE = {"gpus": (8, "number of GPUs"), "gpu_memory": (80.0, "memory of each, GB (10^9 bytes)"),
-           "tflops": (TFLOPS, "TFLOP/s of each in bf16, as a large matrix product reaches"),
-           "utilisation": (UTILISATION, "share of these that training reaches (assumed)")}
+# of --plan: value, range and help text
+MACHINE = {"gpus": (8, (1, 100_000), "number of GPUs"),
+           "gpu_memory": (80.0, (0.1, 10_000), "memory of each, GB (10^9 bytes)"),
+           "tflops": (TFLOPS, (0.001, 1_000_000),
+                      "TFLOP/s of each in bf16, as a large matrix product reaches"),
+           "utilisation": (UTILISATION, (0.001, 1),
+                           "share of these that training reaches (assumed)")}
 
 
 def parse_arguments(argv: list[str]) -> dict:
     """Command line -> the options given. Hyphens and underscores alike."""
     parser = argparse.ArgumentParser(
-        description="Pretrain a RegNet with SwAV, as SEER was.", argument_default=argparse.SUPPRESS)
+        "train.py", usage="train.py [--data DIR] [--arch ARCH] [--out DIR] [more: see --help]",
+        description="Pretrain a RegNet with SwAV, as SEER was.", argument_default=argparse.SUPPRESS,
+        allow_abbrev=False)
     swav = {name: value for name, (value, _) in SWAV["swav"].items()}
     recipes = {"seer": {}, "swav": swav, **RECIPES}     # a field's default is that of the 256GF
     for field in dataclasses.fields(Config):
-        if not field.metadata["help"]:
+        if not field.metadata["help"]:                  # set by the program alone
             continue
-        text, choices = field.metadata["help"], field.metadata["choices"]
+        about, choices = field.metadata["help"], field.metadata["choices"]
         defaults = ", ".join(f"{name}: {recipe.get(field.name, field.default)}"
                              for name, recipe in recipes.items())
-        kwargs = dict(help=f"{text} ({defaults})".replace("%", "%%"))
+        kwargs = dict(help=f"{about} ({defaults})".replace("%", "%%"))
         if field.type in (bool, bool | None):
             kwargs["action"] = argparse.BooleanOptionalAction
         else:
             kind = str if field.name in WRITTEN else field.type
-            kwargs |= dict(type=kind, choices=choices,
+            kwargs |= dict(type=kind, choices=choices, action=Text if field.type is str else None,
                            metavar=None if choices else kind.__name__.upper())
         parser.add_argument(flag(field.name), **kwargs)
     parser.add_argument("--grow", action="store_true", default=argparse.SUPPRESS,
@@ -52,9 +58,9 @@ def parse_arguments(argv: list[str]) -> dict:
                          help="draw the loss of these runs' folders, and stop (needs matplotlib)")
     instead.add_argument("--plan", action="store_true", default=argparse.SUPPRESS,
                          help="print what the run takes on GPUs that need not be here, and stop")
-    for name, (value, text) in MACHINE.items():
-        parser.add_argument(flag(name), type=type(value), metavar="N",
-                            help=f"of --plan: {text} ({value:g})")
+    for name, (value, limits, about) in MACHINE.items():
+        parser.add_argument(flag(name), type=number_in(type(value), *limits), metavar="N",
+                            help=f"of --plan: {about} ({value:g})")
     return vars(parser.parse_args(hyphens(argv)))
 
 
@@ -67,7 +73,7 @@ def split_arguments(given: dict) -> tuple[dict, dict, dict]:
         raise ValueError(f"{', '.join(map(flag, machine))}: of --plan alone; a run takes the "
                          "processes that torchrun starts")
     options = {name: value for name, value in given.items() if name not in asked | machine}
-    return options, asked, {name: default for name, (default, _) in MACHINE.items()} | machine
+    return options, asked, {name: default for name, (default, *_) in MACHINE.items()} | machine
 
 
 def hyphens(argv: list[str]) -> list[str]:
@@ -126,7 +132,7 @@ def explain(given: dict, world: int, images) -> str:
     for name in [*rule, *sorted(set(given) - set(rule) - {"recipe", "data", "out"})]:
         value, reason = rule.get(name, (None, ""))
         if name in given or name in LENGTHS and LENGTHS & set(given):
-            changed = value is not None and str(value) != config.text(name)
-            reason = "given" + f"; the recipe has {value}" * changed
+            had = None if value is None else Config(**{name: value}).text(name)
+            reason = "given" + f"; the recipe has {had}" * (had not in (None, config.text(name)))
         lines.append(f"  {flag(name)} {config.text(name)}".ljust(46) + reason)
     return "\n".join(lines)

@@ -15,11 +15,15 @@ from dataclasses import dataclass
 
 import numpy
 
+from distributed.hardware import check_device
 from methods.build import TRUNKS
 from multicrop import MAX_PIXELS, CropSpec, parse_channels, parse_crops
 from regnet import ARCHS
+from weights.terminal import span
 
 LENGTHS = {"steps", "epochs", "images"}
+MAX_STEPS = 10 ** 9
+MAX_WIDTH = 100_000                  # of a layer of the head
 
 
 def parse_head(text: str) -> tuple[int, ...]:
@@ -75,18 +79,18 @@ class Config:
                          "of your own, medium up to 100 million, seer for more or with --arch "
                          "alone, else demo")
     days: float = option(2.0, "recipe medium: days that the run may take, by which it chooses the "
-                         "network", 0)
+                         "network", 0.001, 10_000)
     arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS, or resnet50")
     # a given length replaces the recipe's; of several given, the shortest counts
-    steps: int = option(0, "length of the run in optimizer steps", 0)
-    epochs: float = option(0.0, "length of the run in passes over the data", 0)
-    images: int = option(0, "length of the run in images seen", 0)
-    batch_size: int = option(8192, "images per step over all ranks (SEER: 8192)", 2)
+    steps: int = option(0, "length of the run in optimizer steps", 0, MAX_STEPS)
+    epochs: float = option(0.0, "length of the run in passes over the data", 0, 1_000_000)
+    images: int = option(0, "length of the run in images seen", 0, 10 ** 12)
+    batch_size: int = option(8192, "images per step over all ranks (SEER: 8192)", 2, 1_000_000)
     # images -> crops
     crops: tuple[CropSpec, ...] = option(
         "2x224+4x96", "COUNTxSIZE[@FROM-TO]+..., FROM-TO the share of the area")
-    strength: float = option(1.0, "strength of the colour jitter (SwAV: 1)", 0)
-    strength_from: float = option(0.0, "strength at the start, where it rises", 0)
+    strength: float = option(1.0, "strength of the colour jitter (SwAV: 1)", 0, 10)
+    strength_from: float = option(0.0, "strength at the start, where it rises", 0, 10)
     strength_rise: float = option(0.0, "share of the run in which the strength rises", 0, 1)
     gray: float = option(0.2, "probability of a gray crop (SwAV: 0.2)", 0, 1)
     blur: float = option(0.5, "probability of a blurred crop (SwAV: 0.5)", 0, 1)
@@ -96,54 +100,58 @@ class Config:
     # crops -> scores -> loss
     head: tuple[int, ...] = option("8192-8192-256", "widths of the projection head")
     head_bn: bool = option(False, "BatchNorm in the head (SwAV, and SEER up to 32GF)")
-    prototypes: int = option(16000, "number of prototypes, K (SwAV: 3000)", 1)
-    epsilon: float = option(0.05, "Sinkhorn's softness of the codes (SEER-10B: 0.03)", 1e-3)
-    sinkhorn_iterations: int = option(10, "Sinkhorn iterations (SwAV: 3)", 1)
+    prototypes: int = option(16000, "number of prototypes, K (SwAV: 3000)", 1, 1_000_000)
+    epsilon: float = option(0.05, "Sinkhorn's softness of the codes (SEER-10B: 0.03)", 1e-3, 10)
+    sinkhorn_iterations: int = option(10, "Sinkhorn iterations (SwAV: 3)", 1, 1000)
     hard: bool = option(False, "one-hot codes")
-    temperature: float = option(0.1, "temperature of the predictions", 1e-3)
-    queue: int = option(0, "embeddings kept for Sinkhorn, over all ranks; used once full", 0)
-    queue_start: int = option(0, "step from which the queue is used, if full", 0)
-    freeze_prototypes: int = option(313, "steps during which the prototypes stay as they began", 0)
+    temperature: float = option(0.1, "temperature of the predictions", 1e-3, 10)
+    queue: int = option(0, "embeddings kept for Sinkhorn, over all ranks; used once full", 0,
+                        10_000_000)
+    queue_start: int = option(0, "step from which the queue is used, if full", 0, MAX_STEPS)
+    freeze_prototypes: int = option(313, "steps during which the prototypes stay as they began", 0,
+                                    MAX_STEPS)
     # optimizer
-    lr: float = option(0.3, "peak learning rate per 256 images of batch", 0)
+    lr: float = option(0.3, "peak learning rate per 256 images of batch", 0, 10_000)
     final_lr: float = option(0.001, "last learning rate of the cosine, share of the peak", 0, 1)
     warmup: float = option(0.0655, "share of the run in which the learning rate rises", 0, 1)
     first_lr: float = option(0.0, "learning rate before the first step, share of the peak", 0, 1)
     momentum: float = option(0.9, "momentum of SGD", 0, 1)
-    trust_coefficient: float = option(0.001, "LARC's step relative to a tensor's norm", 0)
-    weight_decay: float = option(1e-5, "weight decay, BatchNorm and biases too (SwAV: 1e-6)", 0)
+    trust_coefficient: float = option(0.001, "LARC's step relative to a tensor's norm", 0, 10)
+    weight_decay: float = option(1e-5, "weight decay, BatchNorm and biases too (SwAV: 1e-6)", 0, 1)
     # machine
     micro_batch: int = option(0, "images a rank computes at once; 0: what its memory has room "
-                              "for (--plan)", 0)
+                              "for (--plan)", 0, 1_000_000)
     checkpoint_activations: bool | None = option(
         None, "activation checkpointing of each block; None: where memory is short without it")
     compile: bool = option(False, "compile the trunk, one graph per crop size: a minute or more "
                            "before the first step (docs/speed.md: where it pays)")
-    sync_bn_group: int = option(0, "ranks that share BatchNorm's statistics (SEER: 64); 0: none", 0)
+    sync_bn_group: int = option(0, "ranks that share BatchNorm's statistics (SEER: 64); 0: none", 0,
+                                100_000)
     precision: str = option("auto", "auto: bf16 where the device is made for it, else fp32",
                             choices=("auto", "bf16", "fp16", "fp32"))
     device: str = option("", "cuda, mps or cpu; none: the best one here")
     workers: int = option(-1, "decoding processes per rank; -1: its processors, on a CPU a quarter",
-                          -1)
-    seed: int = option(0, "seed of weights, order, crops and augmentations", 0)
-    log_every: int = option(20, "steps between lines of log.jsonl", 1)
+                         -1, 256)
+    seed: int = option(0, "seed of weights, order, crops and augmentations", 0, 2 ** 63 - 1)
+    log_every: int = option(20, "steps between lines of log.jsonl", 1, MAX_STEPS)
     # a run that was changed; set when it is resumed
     restart_lr: float = option(0.0, "of a finished run that a greater length extends: learning "
                                "rate at which another half cosine begins, share of the peak; 0: "
                                "the last rate stays", 0, 1)
-    extended_at: int = option(0, "", 0)         # step; not on the command line
-    grown_at: int = option(0, "", 0)            # position of the stream; not on the command line
+    extended_at: int = option(0, "", 0, MAX_STEPS)          # step; not on the command line
+    grown_at: int = option(0, "", 0, 2 ** 63 - 1)           # position of the stream; neither
     probe: str = option("", "folder of images to measure the trunk with while it trains: kNN "
                         "where they are in class folders, else how often two augmented views of a "
                         "image find each other")
-    probe_every: int = option(0, "steps between probes; 0: a twentieth of the run", 0)
-    save_every: int = option(500, "steps between checkpoints", 1)
+    probe_every: int = option(0, "steps between probes; 0: a twentieth of the run", 0, MAX_STEPS)
+    save_every: int = option(500, "steps between checkpoints", 1, MAX_STEPS)
     save_minutes: float = option(10.0, "minutes after which a checkpoint is due all the same; 0: "
-                                 "by steps alone", 0)
-    keep: int = option(2, "checkpoints that stay, the newest", 1)
-    keep_every: int = option(0, "steps between checkpoints that stay for good; 0: none", 0)
+                                 "by steps alone", 0, 10_000)
+    keep: int = option(2, "checkpoints that stay, the newest", 1, MAX_STEPS)
+    keep_every: int = option(0, "steps between checkpoints that stay for good; 0: none", 0,
+                             MAX_STEPS)
     max_bad_steps: int = option(10, "steps in a row with a loss or gradient that is not finite, "
-                                "after which the run ends; each is skipped", 1)
+                                "after which the run ends; each is skipped", 1, MAX_STEPS)
 
     def __post_init__(self):
         for name, (parse, _) in WRITTEN.items():
@@ -153,7 +161,9 @@ class Config:
     def text(self, name: str) -> str:
         """An option's value as it is written on the command line."""
         value = getattr(self, name)
-        return WRITTEN[name][1](value) if name in WRITTEN else str(value)
+        if name in WRITTEN:
+            return WRITTEN[name][1](value)
+        return f"{value:.12g}" if isinstance(value, float) else str(value)
 
     def as_dict(self) -> dict:
         """Plain values, as config.json and checkpoints hold them; Config(**these) is the same."""
@@ -213,18 +223,19 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
 
 
 def check_ranges(config: Config) -> None:
-    """Raises ValueError for a number outside its range."""
+    """Raises ValueError for a number outside its range, and a device that no run can use."""
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
         low, high = field.metadata["low"], field.metadata["high"]
         if low is not None and not (low <= value <= high and math.isfinite(value)):
-            limit = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-            raise ValueError(f"{flag(field.name)} {value}: needs {limit}")
-    for name, low in (("mean", -math.inf), ("std", 0.0)):
+            raise ValueError(f"{flag(field.name)} {value}: needs {span(low, high)}")
+    for name, low, high, count in (("mean", -10, 10, 3), ("std", 0.001, 10, 3),
+                                   ("head", 1, MAX_WIDTH, None)):
         values = getattr(config, name)
-        if len(values) != 3 or not all(low < x < math.inf for x in values):
-            raise ValueError(f"--{name} {config.text(name)}: needs numbers"
-                             + " above 0" * (name == "std"))
+        if len(values) != (count or len(values)) or not all(low <= x <= high for x in values):
+            raise ValueError(f"--{name} {config.text(name)}: needs numbers from {span(low, high)}"
+                             + ", of channels that go from 0 to 1" * (count == 3))
+    check_device(config.device)
 
 
 def check_crops(config: Config) -> None:

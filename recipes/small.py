@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple
 
 import numpy
 
-from data.stream import NoReadableImage, permute
+from data.stream import NoReadableImage, fault_of, permute
 from recipes.config import Config, flag
 
 SMALL = 100_000             # images; with fewer, recipe small
@@ -37,7 +37,7 @@ def survey(images, decode: Callable, sample: int = 128) -> Survey:
         try:
             image = decode(images[permute(i, len(images), 0)])
         except Exception as error:       # decoders raise nearly anything on damaged files
-            fault = f"{images.name(permute(i, len(images), 0))}: {error}"
+            fault = ": ".join(fault_of(error, images.name(permute(i, len(images), 0))))
             continue
         sides.append(min(image.size))
         pixels = numpy.asarray(image.resize((64, 64)), numpy.float64) / 255        # (64, 64, 3)

@@ -66,7 +66,7 @@ def refuse(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         train.main(list(argv))
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and "Traceback" not in error
+    assert stop.value.code == 2 and "Traceback" not in error and "[-h]" not in error
     return error.splitlines()[-1]
 
 

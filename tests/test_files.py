@@ -7,6 +7,7 @@ import json
 import pytest
 
 import bench.__main__
+import data.demo
 import data.images
 import evaluate
 import weights.__main__
@@ -30,6 +31,7 @@ WRITTEN = [                             # the file, and the command that would w
     ("knn.png", KNN),
     ("out.pth", [weights.__main__.main, "{model}", "--to", "timm", "{out}/out.pth"]),
     ("000000.tar", [data.images.main, "pack", "{photos}", "{out}"]),
+    ("demo.png", [data.demo.main, "{out}/demo.png"]),
     ("bench.json", [bench.__main__.main, "sinkhorn", "--out={out}/bench.json"]),
 ]
 

@@ -10,7 +10,8 @@ METHOD = ["regnet", "sinkhorn", "swav", "multicrop", "larc"]
 # an arrow runs from what is used to its users: a room imports itself and what it may use, no other
 ARROWS = {
     **{name: {"sinkhorn"} if name == "swav" else set() for name in METHOD},
-    "data": {*METHOD}, "figures": {*METHOD}, "weights": {*METHOD}, "distributed": {*METHOD},
+    "weights": {*METHOD},                   # works when it is copied alone: all others may use it
+    **{name: {*METHOD, "weights"} for name in ("data", "figures", "distributed")},
 }
 ARROWS["methods"] = {*ARROWS}
 ARROWS["recipes"] = ARROWS["evaluation"] = {*ARROWS}

@@ -119,6 +119,8 @@ def test_the_plain_loop(device):
     assert not torch.equal(params[0], some_tensors(device)[0])
 
 
-def test_negative_settings_are_refused():
-    with pytest.raises(ValueError):
-        LARC([torch.nn.Parameter(torch.ones(1))], lr=-1.0)
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "trust_coefficient", "eps"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_settings_that_are_negative_or_not_finite_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"finite numbers of at least 0, .*'{name}': {value}"):
+        LARC([torch.nn.Parameter(torch.ones(1))], **{"lr": 1.0} | {name: value})

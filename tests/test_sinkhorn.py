@@ -90,6 +90,17 @@ def test_refuses_what_has_no_meaning(wrong):
         sinkhorn(**{"scores": torch.ones(3, 3)} | wrong)
 
 
+@pytest.mark.parametrize("scores", [100 * cosines("random"), cosines("random") * torch.nan])
+def test_scores_that_are_no_cosines_are_refused_where_it_is_asked(scores):
+    assert sinkhorn(scores).isnan().any()               # as the docstring says
+    with pytest.raises(ValueError, match="takes cosines, from -1 to 1, and the scores go from"):
+        sinkhorn(scores, check=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        unit = cosines("random").to(dtype)
+        assert torch.equal(sinkhorn(unit, check=True), sinkhorn(unit))
+    sinkhorn(torch.eye(3, dtype=torch.bfloat16) * 1.0078125, check=True)
+
+
 @pytest.mark.parametrize("epsilon", [0.02, 0.05])
 def test_never_waits_for_the_device(epsilon, monkeypatch):
     """Reading a number back is what makes the host wait; there must be none."""

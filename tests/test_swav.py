@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -73,6 +74,14 @@ def test_head_layers_have_the_published_indices(bn, expected):
 def test_a_head_or_prototypes_of_no_size_are_refused(head, prototypes):
     with pytest.raises(ValueError, match="at least one"):
         SwAV(Trunk(), head, prototypes)
+
+
+def test_a_trunk_without_num_features_is_told_what_it_needs():
+    trunk = torchvision.models.resnet18()
+    with pytest.raises(ValueError, match=r"returns features \(B, num_features\)"):
+        SwAV(trunk, (8,), 10)
+    trunk.num_features, trunk.fc = 512, torch.nn.Identity()         # as the sentence says
+    assert SwAV(trunk, (8,), 10)([torch.ones(4, 3, 32, 32)])[1].shape == (4, 10)
 
 
 def test_forward_is_crop_major_unit_norm_and_cosine():

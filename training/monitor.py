@@ -32,6 +32,7 @@ from training.rollback import Verdict
 from training.run import Run
 from training.run_folder import Log
 from training.signals import Stop
+from weights.terminal import reason
 
 MAX_BAD_SHARE = 0.1         # of the images read so far; above it the run ends
 
@@ -66,7 +67,7 @@ class Monitor:
                 views(self.run.out / "views.png", list(micro_batches[0]), config.crops,
                       config.mean, config.std)
             except OSError as error:
-                tqdm.write(f"warning: views.png could not be written: {error}")
+                tqdm.write(f"warning: views.png could not be written: {reason(error)}")
 
     def step(self, step: int, loss: Tensor, outputs: tuple[Tensor, ...], verdict: Verdict) -> None:
         """After each step. Raises Stop where too many images cannot be read."""

@@ -116,7 +116,8 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
     views, share = sum(spec.count for spec in config.crops), config.batch_size // ranks
     pixels = sum(spec.count * 3 * spec.size ** 2 for spec in config.crops)
     kept = cost.inputs + cost.block if checkpointing else cost.activations
-    codes = 2 * ASSIGNED * share * config.prototypes * 4      # scores of the whole share, and codes
+    rows = share + config.queue // ranks
+    codes = 2 * ASSIGNED * rows * config.prototypes * 4       # scores of the whole share, and codes
     # of the head in autocast; then in float32 scores, log p, and the gradients of both
     loss = views * (2 * dtype.itemsize * sum(config.head) + 4 * 4 * config.prototypes)
     cast = 0 if dtype == torch.float32 else dtype.itemsize * cost.params

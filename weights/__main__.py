@@ -19,6 +19,7 @@ from weights.files import Loaded, read, state_dict_of
 from weights.load import describe
 from weights.names import TARGETS, from_ours, to_ours
 from weights.official import LICENCES, OFFICIAL, gigabytes, official_names
+from weights.terminal import Text, one_sentence
 
 
 def summary(loaded: Loaded) -> str:
@@ -76,18 +77,19 @@ def list_official() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m weights",
-                                     description="What is in a file of weights, and conversion.")
-    parser.add_argument("source", nargs="?", help="a file, a run's folder, a URL or an official "
-                                                  "name; without it, the official files are listed")
-    parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
-    parser.add_argument("--to", nargs=2, metavar=("LAYOUT", "OUT"),
-                        help="also write the weights to OUT, with the names of LAYOUT: "
-                             + ", ".join(TARGETS))
-    args = parser.parse_args(argv)
-    if not args.source:
-        return list_official()
-    try:
+    with one_sentence("python -m weights"):
+        parser = argparse.ArgumentParser(
+            "python -m weights", usage="python -m weights [FILE] [--to LAYOUT OUT [--force]]",
+            description="What is in a file of weights, and conversion.", allow_abbrev=False)
+        parser.add_argument("source", nargs="?", action=Text, help="a file, a run's folder, a URL "
+                            "or an official name; without it, the official files are listed")
+        parser.add_argument("--to", nargs=2, action=Text, metavar=("LAYOUT", "OUT"),
+                            help="also write the weights to OUT, with the names of LAYOUT: "
+                                 + ", ".join(TARGETS))
+        parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
+        args = parser.parse_args(argv)
+        if not args.source:
+            return list_official()
         loaded = read(args.source)
         print(summary(loaded))
         if args.to:
@@ -96,9 +98,6 @@ def main(argv: list[str] | None = None) -> None:
             if out.exists() and out.samefile(loaded.path):
                 raise ValueError(f"{out} is the source itself")
             write(loaded.tensors, args.to[0], out)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"weights: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

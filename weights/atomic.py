@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from weights.terminal import reason
+
 _MARK = b"sha256:"
 
 
@@ -39,7 +41,7 @@ def save(path: str | os.PathLike, state) -> None:
         flush_folder(Path(path).parent)
     except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError on a full disk
         Path(aside).unlink(missing_ok=True)
-        raise OSError(f"{path} could not be saved: {str(error).splitlines()[0]}") from None
+        raise OSError(f"{path} could not be saved: {reason(error)}") from None
 
 
 def flush_folder(folder: Path) -> None:
@@ -86,15 +88,18 @@ def load(path: str | os.PathLike):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no such checkpoint: {path}") from None
+    except PermissionError as error:
+        raise ValueError(f"{path} is unreadable: {error.strerror}") from None
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is damaged, or not a checkpoint ({reason})") from None
+        raise ValueError(f"{path} is damaged, or not a checkpoint ({reason(error)})") from None
 
 
-def refuse_existing(path: str | os.PathLike, force: bool = False) -> None:
-    """Raises ValueError where there is a file already, which only --force replaces."""
+def refuse_existing(path: str | os.PathLike, force: bool | None = None) -> None:
+    """Raises ValueError where there is a file already. force: whether --force was given, which
+    replaces it; None: there is no such option."""
     if os.path.lexists(path) and not force:
-        raise ValueError(f"{path} is there already: choose another name, or add --force")
+        raise ValueError(f"{path} is there already: choose another name"
+                         + ", or add --force" * (force is not None))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from weights.names import to_ours
 from weights.official import OFFICIAL, download, fetch
+from weights.terminal import reason
 
 
 class Loaded(NamedTuple):
@@ -122,6 +123,10 @@ def _path_of(source: str | os.PathLike, quiet: bool) -> Path:
 def open_file(path: Path, trust: bool = False):
     """What a .pt, .pth, .torch, .pyth, .tar, .bin or .safetensors file holds, on the CPU; mapped
     into memory where its format allows. Raises ValueError."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise ValueError(f"is unreadable: {error.strerror}") from None
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
@@ -152,8 +157,9 @@ def open_file(path: Path, trust: bool = False):
             raise ValueError(f"holds objects that are not tensors ({', '.join(found)}), which "
                              "could run code; load_weights(..., trust=True) leaves them out"
                              ) from None
-        reason = (str(error).strip() or type(error).__name__).split("\n")[-1]
-        raise ValueError(f"is damaged, or no file of weights ({reason})") from None
+        # torch's words about a pickle advise to load it with weights_only=False
+        why = "" if isinstance(error, pickle.UnpicklingError) else f" ({reason(error)})"
+        raise ValueError(f"is damaged, or no file of weights{why}") from None
 
 
 def foreign_names(path: Path, zipped: bool, error: Exception) -> list[str]:

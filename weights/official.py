@@ -16,6 +16,8 @@ from typing import Iterator, NamedTuple
 
 import torch
 
+from weights.terminal import reason
+
 LICENCES = {
     "seer": "SEER License Agreement: non-commercial research only "
             "(github.com/facebookresearch/vissl, projects/SEER/MODEL_LICENSE.md)",
@@ -174,6 +176,6 @@ def download(url: str, path: Path, digest: str | None = None, size: float | None
         try:
             torch.hub.download_url_to_file(url, str(path), digest)
         except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-            raise ValueError(f"{url} could not be downloaded: {error}; put the file at {path}"
-                             ) from None
+            raise ValueError(f"{url} could not be downloaded: {reason(error)}; put the file at "
+                             f"{path}") from None
     return path

@@ -93,22 +93,42 @@ def test_a_list_of_paths(tmp_path):
     photos, path = tmp_path / "photos", tmp_path / "list.txt"
     write_pictures(photos, 3)
     (photos / "no suffix").write_bytes((photos / "0001.png").read_bytes())
-    lines = ["photos/0002.png", str(photos / "0000.png"), "", "photos/no suffix"]
-    for ending in ("\n", "\r\n"):
+    names = ["photos/0002.png", str(photos / "0000.png"), "photos/no suffix"]
+    lines = ["# three images", names[0], names[1], "", "  # one more", names[2]]
+    for ending in ("\n", "\r\n", " \n", "\t \r\n"):
         path.write_bytes(ending.join(lines).encode())
         images = open_images(path)
-        assert [images.name(i) for i in range(len(images))] == [line for line in lines if line]
+        assert [images.name(i) for i in range(len(images))] == names
         assert images[1] == (photos / "0000.png").read_bytes()
         assert images[2] == (photos / "0001.png").read_bytes()
     path.write_bytes(b"\xef\xbb\xbfphotos/0002.png")            # as Windows' editors write it
     assert open_images(path).name(0) == "photos/0002.png"
     with pytest.raises(ValueError, match="0002.png is no list of paths"):
         open_images(photos / "0002.png")
-    (tmp_path / "none.txt").write_text("\n\n")
+    (tmp_path / "none.txt").write_text("\n\n# nothing \n")
     with pytest.raises(ValueError, match="no paths in"):
         open_images(tmp_path / "none.txt")
     with pytest.raises(ValueError, match="no such folder, list or shards"):
         open_images(tmp_path / "nothing.txt")
+
+
+def test_what_is_no_source_of_images_says_what_would_be(tmp_path, monkeypatch):
+    (tmp_path / "tars" / "below").mkdir(parents=True)
+    (tmp_path / "tars" / "below" / "0.tar").write_bytes(b"")
+    shards = tmp_path / "tars" / "below" / "*.tar"
+    with pytest.raises(ValueError, match=re.escape(f"name them, as in --data '{shards}'")):
+        open_images(tmp_path / "tars")
+    for url, tool in (("s3://b/photos", "mount-s3"), ("gs://b/x.tar", "gcsfuse"),
+                      ("hdfs://h/x", "hadoop-fuse-dfs"), ("https://x.org/y.tar", "rclone mount")):
+        with pytest.raises(ValueError, match=f"{url} is no path: mount it as a folder .{tool}"):
+            open_images(url)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+    (tmp_path / "list.txt").write_text("a.jpg")
+    monkeypatch.setattr("builtins.open", refuse)            # a superuser may read anything
+    with pytest.raises(ValueError, match="list.txt is unreadable: Permission denied"):
+        open_images(tmp_path / "list.txt")
 
 
 # -------------------------------------------------------------------------------------- rubbish

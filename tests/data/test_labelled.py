@@ -1,4 +1,6 @@
 """data/labelled.py: class folders, lists, the demo's splits, and parts of them."""
+import hashlib
+
 import pytest
 
 from data.images import open_images
@@ -26,8 +28,9 @@ def test_folders_of_classes(classes):
 def test_lists_of_paths_and_labels(tmp_path):
     write_pictures(tmp_path / "some pictures", 3)
     (tmp_path / "train.txt").write_text(
-        "some pictures/0000.png dog\nsome pictures/0001.png cat,dog\n\n")
-    (tmp_path / "val.txt").write_text("some pictures/0002.png\tcat\nsome pictures/0000.png dog")
+        "# a comment\nsome pictures/0000.png dog\nsome pictures/0001.png cat,dog\n\n")
+    (tmp_path / "val.txt").write_bytes(
+        b"some pictures/0002.png\tcat \r\nsome pictures/0000.png dog")
     train, val = open_splits(str(tmp_path))
     assert train.classes == val.classes == ["cat", "dog"] and train.multilabel and val.multilabel
     assert not open_labelled(tmp_path / "val.txt").multilabel
@@ -49,6 +52,42 @@ def test_splits_must_have_the_same_classes(classes):
     with pytest.raises(ValueError, match="a folder for each class"):
         open_labelled(classes / "val" / "green")
     assert len(open_images(classes)) == 11
+
+
+def test_class_folders_without_train_and_val_are_split(tmp_path):
+    """The rule, written again: of each class the fifth of the smallest hashes, at least one of two;
+    no other image moves when one is added to another class."""
+    for name, count in (("red", 11), ("blue", 3), ("green", 1)):
+        write_pictures(tmp_path / name, count)
+
+    def names(part):
+        return {part.images.name(i) for i in range(len(part.targets))}
+    train, val = open_splits(str(tmp_path))
+    assert train.classes == val.classes == ["blue", "green", "red"]
+    every = [f"{name}/{i:04}.png" for name, n in (("red", 11), ("blue", 3)) for i in range(n)]
+    order = sorted(every, key=lambda name: hashlib.sha256(name.encode()).digest())
+    expected = {*[name for name in order if name[:3] == "red"][:2],
+                [name for name in order if name[:4] == "blue"][0]}
+    assert names(val) == expected and names(train) == {*every, "green/0000.png"} - expected
+    for part in (train, val):
+        assert [part.images.name(i).split("/")[0] for i in range(len(part.targets))] == [
+            part.classes[label] for label in part.labels]
+    write_pictures(tmp_path / "green", 2)
+    assert names(open_splits(str(tmp_path))[1]) - {"green/0000.png", "green/0001.png"} == expected
+    (tmp_path / "list.txt").write_text("".join(f"{name} {name[:3]}\n" for name in every))
+    assert len(open_splits(str(tmp_path / "list.txt"))[1].targets) == 3
+
+
+def test_what_is_missing_for_a_split_is_named(classes, tmp_path):
+    with pytest.raises(ValueError, match="holds train and neither val nor val.txt"):
+        (classes / "val").rename(tmp_path / "held out")
+        open_splits(str(classes))
+    with pytest.raises(ValueError, match="needs a folder for each class: .*red/CLASS/.*; or train "
+                                         "and val, each with such folders or as a list"):
+        open_splits(str(classes / "train" / "red"))
+    with pytest.raises(ValueError, match="no class has two"):
+        write_pictures(tmp_path / "ones" / "red", 1)
+        open_splits(str(tmp_path / "ones"))
 
 
 def test_a_subset_keeps_names_and_classes(classes):

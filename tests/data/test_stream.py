@@ -155,9 +155,8 @@ def test_nothing_but_bad_pictures_is_an_error():
 
 
 @pytest.mark.parametrize("error, cause, detail", [
-    (FileNotFoundError(2, "No such file"), "vanished", "FileNotFoundError: [Errno 2] No such file"),
-    (PermissionError(13, "Permission denied"), "unreadable",
-     "PermissionError: [Errno 13] Permission denied"),
+    (FileNotFoundError(2, "No such file"), "vanished", "No such file"),
+    (PermissionError(13, "Permission denied"), "unreadable", "Permission denied"),
     (BadImage("truncated", "3 bytes"), "truncated", "3 bytes"),
     (IndexError("out of range"), "damaged", "IndexError: out of range")])
 def test_a_fault_has_a_cause_to_count_and_a_detail_to_print(error, cause, detail):

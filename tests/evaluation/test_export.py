@@ -46,7 +46,7 @@ def test_features_go_to_a_file_and_are_resumed(classes, tmp_path, command, refus
     assert (again[:5] == 7).all()
     assert numpy.allclose(again[5:][ok[5:] > 0], expected[5:][ok[5:] > 0])
     assert numpy.isnan(again[ok < 0]).all()
-    assert "holds other features" in refused("features", *options, "--size=48")
+    assert "does not belong to these features" in refused("features", *options, "--size=48")
 
 
 def test_clusters_are_the_nearest_prototypes(classes, tmp_path, capsys, monkeypatch, command,

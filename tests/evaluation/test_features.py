@@ -41,6 +41,17 @@ def test_images_are_resized_and_cut_as_published(size, ratio, bicubic, published
         assert ok and torch.equal(crop, expected)
 
 
+def test_an_image_that_may_not_be_read_is_called_unreadable(capsys):
+    class Closed:
+        def name(self, i):
+            return "a.png"
+
+        def __getitem__(self, i):
+            raise PermissionError(13, "Permission denied", "/photos/a.png")
+    assert not CenterCrops(Closed(), 8)[0][1]
+    assert capsys.readouterr().err == "left out a.png: unreadable: Permission denied\n"
+
+
 def test_images_are_normalised_with_the_mean_and_std_given():
     preprocessing = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     image = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)

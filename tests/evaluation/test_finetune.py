@@ -44,6 +44,7 @@ def test_the_learning_rate_follows_the_recipe():
     assert [round(shorter.lr_at(epoch), 6) for epoch in (2.9, 3, 6)] == [0.2, 0.02, 0.002]
 
 
+@pytest.mark.long
 def test_finetune_and_classify(classes, tmp_path, command, refused, monkeypatch):
     """What goes on from a checkpoint ends as the whole fine-tuning; its network classifies."""
     options = [*RANDOM, "--data", classes, *QUICK, "--epochs=8", "--batch-size=4", "--lr=0.5",

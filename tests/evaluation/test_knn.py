@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 from data.labelled import open_splits
 from data.stream import permute
 from evaluation.features import CenterCrops, extract
@@ -37,6 +38,14 @@ def test_knn_equals_its_definition():
     truth = torch.tensor(expected)          # of k = 20
     truth[:2] += 1
     assert knn_top1(features, labels, queries, truth, 20, 0.002) == round(100 * 21 / 23, 2)
+
+
+def test_class_folders_alone_are_split_and_it_is_said(classes, capsys):
+    evaluate.main(["knn", *RANDOM, "--data", str(classes / "train"), *QUICK, "--k=3"])
+    printed, told = capsys.readouterr()
+    result = json.loads(printed)
+    assert (result["top1"], result["train"], result["val"]) == (100, 20, 4)
+    assert "a fifth of each class, chosen by a hash of the names, is val: 4 of 24 images" in told
 
 
 def test_knn_from_the_command_line(classes, tmp_path, command):

@@ -117,27 +117,45 @@ def test_options_that_are_written_as_text(option, text, value, written):
     (["--recipe=sear"], "unknown recipe 'sear'; there is seer"),
     (["--crops=2x224+96"], "'96' is not COUNTxSIZE"), (["--crops="], "is not COUNTxSIZE"),
     (["--crops=2x32@0.5-0.2"], "0 < FROM <= TO <= 1"),
+    (["--crops=2x100000"], "a size of 7 to 2,048 pixels"),
+    (["--crops=101x32"], "a count of 1 to 100"),
     (["--crops=2x32+2x8"], "--crops 2x32.*: 8 pixels are a single one before the last of"),
     (["--crops=1x32"], "--crops 1x32: SwAV needs at least two crops"),
     (["--head=8192x256"], "head '8192x256' is not WIDTH"), (["--head="], "head '' is not"),
     (["--head=16-0"], "head '16-0' is not"), (["--head=16--8"], "head '16--8' is not"),
     (["--mean=nan,0,0"], "--mean nan,0,0: needs numbers"),
     (["--mean=0.5,0.5"], "mean or std '0.5,0.5' is not RED,GREEN,BLUE"),
-    (["--std=0,1,1"], "--std 0,1,1: needs numbers above 0"),
-    (["--std=1,inf,1"], "--std 1,inf,1: needs numbers above 0"),
+    (["--mean=123.7,116.3,103.5"], "--mean .*: needs numbers from -10 to 10, of channels that go "
+                                   "from 0 to 1"),
+    (["--std=0,1,1"], "--std 0,1,1: needs numbers from 0.001 to 10"),
+    (["--std=1,inf,1"], "--std 1,inf,1: needs numbers from 0.001 to 10"),
+    (["--head=100000000-64"], "--head 100000000-64: needs numbers from 1 to 100,000"),
     (["--std=red"], "std 'red' is not RED,GREEN,BLUE"),
-    (["--batch-size=0"], "--batch-size 0: needs at least 2"),
+    (["--batch-size=0"], "--batch-size 0: needs 2 to 1,000,000"),
+    (["--batch-size=100000000"], "--batch-size 100000000: needs 2 to 1,000,000"),
+    (["--workers=100000"], "--workers 100000: needs -1 to 256"),
+    (["--epochs=-1"], "--epochs -1.0: needs 0 to 1,000,000"),
+    (["--seed=99999999999999999999999"], "--seed 9*: needs 0 to 9,223,372,036,854,775,807"),
+    (["--device=meta"], "--device meta cannot be used here: needs cuda, mps, cpu"),
     (["--batch-size=8", "--micro-batch=3"],
      "--micro-batch 3 does not divide the 8 images of a process; 2 does"),
     (["--micro-batch=1", "--crops=2x32+1x16"], "--micro-batch 1 with 1x16 in --crops: .*use 2"),
-    (["--micro-batch=-1"], "--micro-batch -1: needs at least 0"),
-    (["--epsilon=0"], "--epsilon 0.0: needs at least"), (["--lr=nan"], "--lr nan: needs"),
+    (["--micro-batch=-1"], "--micro-batch -1: needs 0 to"),
+    (["--epsilon=0"], "--epsilon 0.0: needs 0.001 to 10"), (["--lr=nan"], "--lr nan: needs"),
     (["--lr=inf"], "--lr inf: needs"),
-    (["--gray=2"], "--gray 2.0: needs 0 to 1"), (["--images=-1"], "--images -1: needs at least 0"),
+    (["--gray=2"], "--gray 2.0: needs 0 to 1"), (["--images=-1"], "--images -1: needs 0 to"),
     (["--max-pixels=999999999"], "--max-pixels 999999999: needs 1 to")])
 def test_what_no_run_can_use_is_refused_by_name(given, message):
     with pytest.raises(ValueError, match=message):
         configure(parse_arguments(["--recipe=demo", *given]))
+
+
+def test_every_number_has_a_range_with_two_ends():
+    """So that no absurd one reaches the place where memory or processes are taken for it."""
+    for field in dataclasses.fields(Config):
+        if field.type in (int, float):
+            low, high = field.metadata["low"], field.metadata["high"]
+            assert low <= field.default <= high < math.inf, field.name
 
 
 @pytest.mark.parametrize("name, fitting", [("batch_size", 8), ("queue", 6)])
@@ -151,6 +169,12 @@ def test_what_the_processes_cannot_share_is_refused(name, fitting):
 
 @pytest.mark.parametrize("given, message", [
     (["--stepz=1"], "unrecognized arguments: --stepz=1"),
+    (["--step=1"], "unrecognized arguments: --step=1"),                     # no abbreviations
+    (["--data="], "argument --data: is empty"),
+    (["--plan", "--utilisation=40"], "--utilisation: '40': needs a number from 0.001 to 1"),
+    (["--plan", "--gpus=1000000"], "--gpus: '1000000': needs a whole number from 1 to 100,000"),
+    (["--plan", "--workers=100000"], "--workers 100000: needs"),
+    (["--data=s3://bucket/photos"], "s3://bucket/photos is no path: mount it as a folder"),
     (["--precision=int8"], "invalid choice: 'int8'"), (["--steps=many"], "invalid int value"),
     (["--explain", "--plan"], "not allowed with argument"),
     (["--gpus=4"], "--gpus: of --plan alone"),
@@ -205,7 +229,7 @@ def test_options_of_a_run_and_what_else_is_asked_for():
     given = parse_arguments(["--plan", "--gpus=4", "--lr=3"])
     options, asked, machine = split_arguments(given)
     assert options == {"lr": 3.0} and asked == {"plan": True}
-    assert machine == {name: default for name, (default, _) in MACHINE.items()} | {"gpus": 4}
+    assert machine == {name: default for name, (default, *_) in MACHINE.items()} | {"gpus": 4}
     assert split_arguments({"lr": 3.0})[1] == {}
     assert split_arguments(parse_arguments(["--plot", "a", "b"]))[:2] == ({}, {"plot": ["a", "b"]})
     with pytest.raises(ValueError, match="--gpus, --gpu-memory: of --plan alone"):
@@ -235,6 +259,10 @@ def test_explain_prints_the_rule_and_what_was_given_instead(photos, capsys):
     assert "recipe small for 30 images" in printed and "--crops 2x64" in printed
     line, = [line for line in printed.splitlines() if "--strength 0.7" in line]
     assert "given; the recipe has 0.2" in line
+    for given, said in (["--batch-size=48"], "--lr 12.8 "), (
+            ["--batch-size=48", "--lr=1"], "given; the recipe has 12.8"):
+        train.main([f"--data={photos}", "--explain", *given])       # 2.4 * 256 / 48
+        assert said in capsys.readouterr().out
     train.main(["--explain", "--temperature=0.2", "--steps=7"])     # recipes of the table too
     printed = capsys.readouterr().out
     assert "recipe demo" in printed and "--temperature 0.2" in printed and "--steps 7 " in printed

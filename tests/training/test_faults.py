@@ -297,6 +297,7 @@ def test_a_run_on_a_full_disk_goes_on_and_says_so(few_photos, tmp_path):
     assert load(out / "checkpoint.pt")["step"] == 12
 
 
+@pytest.mark.long
 def test_a_run_keeps_the_settings_it_began_with(few_photos, tmp_path, capsys):
     """Recipe small measures the images: when one goes bad, the same command still goes on."""
     folder = tmp_path / "some"

@@ -256,6 +256,7 @@ def test_a_plan_is_of_the_recipes_own_trunk(recipe, capsys):
     assert capsys.readouterr().out.startswith(f"recipe {recipe}: {arch}, ")
 
 
+@pytest.mark.long
 def test_a_plan_is_in_the_runs_precision(capsys):
     rows = {}
     for precision in ("bf16", "fp32"):
@@ -267,11 +268,22 @@ def test_a_plan_is_in_the_runs_precision(capsys):
     assert float(rows["fp32"]["weights cast for autocast"]) == 0
 
 
+def test_the_queue_takes_part_in_the_codes():
+    """Scores and codes (A, L, K) of L earlier images, float32, on each of two ranks."""
+    config = configure({"queue": 1000})
+    counted = plan.cost(config)
+    with_queue, without = (plan.memory(counted, replace(config, queue=queue), 8, False, 2)
+                           for queue in (1000, 0))
+    name = "head, scores and loss"
+    assert with_queue[name] - without[name] == 2 * 2 * 500 * config.prototypes * 4
+    assert with_queue | {name: 0} == without | {name: 0}
+
+
 @pytest.mark.parametrize("argv, expected", [
-    (["--gpus=0"], "--gpus, --gpu-memory, --tflops and --utilisation must be above 0"),
+    (["--gpus=0"], "--gpus: '0': needs a whole number from 1 to 100,000"),
     (["--gpus=3"], "--batch-size 8192 is not divisible by 3 processes"),
-    (["--tflops=0"], "must be above 0"), (["--gpu-memory=nan"], "must be above 0"),
-    (["--explain"], "not allowed with argument"), (["--utilisation=-1"], "must be above 0"),
+    (["--tflops=0"], "--tflops: '0': needs"), (["--gpu-memory=nan"], "--gpu-memory: 'nan': needs"),
+    (["--explain"], "not allowed with argument"), (["--utilisation=-1"], "needs a number"),
     (["--micro-batch=3"], "--micro-batch 3 does not divide the 1024 images of a process; 2 does"),
     (["--arch=regnety_257gf"], "unknown arch"), (["--data=nowhere"], "no such folder")])
 def test_a_plan_that_cannot_be_made(argv, expected, capsys):

@@ -94,6 +94,7 @@ def check_equal(results, losses, expected):
             torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.long
 def test_micro_batches_equal_the_joined_batch():
     losses, expected = steps_on_ranks(0, 1, 5)
     check_equal([steps_on_ranks(0, 1, 5, micro_batches=4)], losses, expected)

@@ -12,6 +12,7 @@ import torchvision
 
 from tests.helpers import ORACLES
 from weights.__main__ import write
+from weights.atomic import load
 from weights.files import _InertUnpickler, read
 from weights.load import load_weights
 
@@ -132,6 +133,18 @@ def test_damaged_and_foreign_files_get_a_sentence(tmp_path, put, tiny):
             load_weights(tiny(), put(content))
     with pytest.raises(ValueError, match="neither a file nor the name of an official one"):
         read("seer_regnety_257gf")
+
+
+def test_a_file_that_may_not_be_read_is_called_unreadable(put, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+    paths = [put({"stem.0.weight": torch.ones(1)}, name) for name in ("a.pt", "b.safetensors")]
+    monkeypatch.setattr("builtins.open", refuse)            # a superuser may read anything
+    for path in paths:
+        with pytest.raises(ValueError, match=f"{path.name} is unreadable: Permission denied"):
+            read(path)
+    with pytest.raises(ValueError, match="a.pt is unreadable: Permission denied"):
+        load(paths[0])
 
 
 def test_safetensors_in_and_out(tmp_path, put):
