@@ -24,7 +24,7 @@ def pytest_runtest_makereport(item, call):
     outcome = yield
     report = outcome.get_result()
     if (report.when == "call" and report.passed and report.duration > LIMIT
-            and not {"long", "cuda"} & set(item.keywords)):
+            and not {"long", "measured", "cuda"} & set(item.keywords)):
         report.outcome = "failed"
         report.longrepr = (f"{report.duration:.1f} s: a test that takes more than {LIMIT:g} s is "
                            "marked long, and a quick case of it is not")

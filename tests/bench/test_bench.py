@@ -165,7 +165,7 @@ def test_the_start_is_measured(line, reached, tmp_path, monkeypatch):
             step.bench_start("regnety_100mf")
 
 
-@pytest.mark.long
+@pytest.mark.measured
 def test_growth_features_and_compile_are_measured(tmp_path, capsys):
     """Minutes: the sizes are the published ones."""
     out = tmp_path / "bench.json"

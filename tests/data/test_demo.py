@@ -89,7 +89,7 @@ def test_an_untrained_trunk_does_not_give_the_kind_away(seed, train, val):
     assert top1 <= 25
 
 
-@pytest.mark.long
+@pytest.mark.measured
 def test_labels_make_them_easy():
     """The demo's trunk, trained with labels for no more images than the demo run has crops."""
     config = configure({})

@@ -335,9 +335,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="measures memory in /proc")
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", [pytest.param("fork", marks=pytest.mark.long),
+                                     pytest.param("spawn", marks=pytest.mark.measured)])
 def test_ten_million_paths_in_eight_workers(tmp_path, context):
     whole = {}
     for name, count in (("many", 10_000_000), ("few", 20_000)):
