@@ -11,6 +11,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
+from PIL import Image
+
 ASK = "pip install matplotlib to have the loss drawn"
 LABEL = "loss / ln K, each run's over its own K"
 PROBES = ("knn", "retrieved")           # what --probe measures, per cent
@@ -43,8 +45,12 @@ def curves(path: Path, runs: Sequence[str | Path]) -> None:
     found.
 
     path: of the picture.  runs: folders of runs.
-    Raises ValueError for a folder that is not a run's, ImportError where there is no matplotlib.
+    Raises ValueError for a folder that is not a run's, and for a file that is there outside of it
+    and does not show the same runs; ImportError where there is no matplotlib.
     """
+    path, title = Path(path), f"Training loss: {', '.join(str(run) for run in runs)}"
+    if path.exists() and path.parent != Path(runs[0]) and title_of(path) != title:
+        raise ValueError(f"{path} is there already, and does not show these runs: move it")
     try:        # not pyplot, which opens windows and keeps global state
         from matplotlib.figure import Figure
     except ImportError:
@@ -70,4 +76,13 @@ def curves(path: Path, runs: Sequence[str | Path]) -> None:
     if probed:
         below[1].set(ylabel="probe, per cent")
     below[-1].set(xlabel="step")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Title": title})
+
+
+def title_of(path: Path) -> str | None:
+    """What is written in a PNG about itself."""
+    try:
+        with Image.open(path) as image:
+            return image.text.get("Title")
+    except (OSError, ValueError, AttributeError):       # no image, or not a PNG
+        return None

@@ -10,9 +10,9 @@ regnet.py.
 import argparse
 import math
 import random
-import sys
 
 from regnet import ARCHS, RegNetParams, complexity
+from weights.terminal import number_in, one_sentence
 
 
 def sample(flops: float, rng: random.Random, se_ratio: float | None = 0.25,
@@ -105,23 +105,24 @@ def parse(text: str) -> RegNetParams:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m figures.design_space",
-                                     description="The RegNet design space.")
+    name = "python -m figures.design_space"
+    parser = argparse.ArgumentParser(name, usage=f"{name} [show NETWORK | sample [options]]",
+                                     description="The RegNet design space.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", help="none: the published networks")
     one = commands.add_parser("show", help="one network, from its line to its stages")
     one.add_argument("network", help="a published one, or depth,w_0,w_a,w_m,group_width")
-    many = commands.add_parser("sample", help="random networks of the space")
-    many.add_argument("--flops", type=float, default=400e6, help="most multiply-adds (400e6)")
-    many.add_argument("--count", type=int, default=20, help="how many (20)")
-    many.add_argument("--seed", type=int, default=0)
+    many = commands.add_parser("sample", help="random networks of the space", allow_abbrev=False,
+                               usage=f"{name} sample [options]")
+    many.add_argument("--flops", type=number_in(float, 1e6, 1e13), default=400e6,
+                      help="most multiply-adds (400e6)")
+    many.add_argument("--count", type=number_in(int, 1, 10_000), default=20, help="how many (20)")
+    many.add_argument("--seed", type=number_in(int, 0, 2 ** 63 - 1), default=0)
     many.add_argument("--x", action="store_true", help="RegNetX: no squeeze-and-excitation")
     return parser.parse_args(argv)
 
 
 def samples(flops: float, count: int, seed: int, x: bool) -> dict[str, RegNetParams]:
     """Random networks by what `parse` takes. x: RegNetX. Raises ValueError, as `sample` does."""
-    if count < 1:
-        raise ValueError("--count must be at least 1")
     rng, networks = random.Random(seed), {}
     for _ in range(count):
         p = sample(flops, rng, None if x else 0.25)
@@ -130,17 +131,14 @@ def samples(flops: float, count: int, seed: int, x: bool) -> dict[str, RegNetPar
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    try:
+    with one_sentence("python -m figures.design_space"):
+        args = parse_arguments(argv)
         if args.command == "show":
             print(show(parse(args.network)))
         elif args.command == "sample":
             print(table(samples(args.flops, args.count, args.seed, args.x)))
         else:
             print(table(ARCHS))
-    except ValueError as error:
-        print(f"design_space: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

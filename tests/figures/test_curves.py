@@ -5,8 +5,9 @@ import sys
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from figures.curves import curves, read_curve
+from figures.curves import curves, read_curve, title_of
 
 
 def run_folder(folder, prototypes=64, loss=None):
@@ -73,6 +74,20 @@ def test_what_is_no_run_is_refused(config, tmp_path):
     for folder in (run, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="not the folder of a run"):
             read_curve(folder)
+
+
+def test_a_file_of_the_users_stays(tmp_path):
+    run = run_folder(tmp_path / "run")
+    for name in ("loss.png", "other.png"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ValueError, match="does not show these runs"):
+            curves(tmp_path / name, [run])
+        assert (tmp_path / name).read_text() == "mine"
+    info = PngInfo()
+    info.add_text("Title", f"Training loss: {run}")
+    Image.new("L", (2, 2)).save(tmp_path / "own.png", pnginfo=info)
+    assert title_of(tmp_path / "own.png") == f"Training loss: {run}"
+    assert title_of(tmp_path / "loss.png") is None
 
 
 def test_without_matplotlib_one_sentence_asks_for_it(tmp_path, monkeypatch):
