@@ -218,8 +218,9 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
         if crops == 1 and spec.size <= pixel:
             raise ValueError(f"--micro-batch 1 with {spec.count}x{spec.size} in --crops: one crop "
                              "that ends as one pixel is no batch for BatchNorm; use 2")
-    return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}",
-                               data=os.path.abspath(config.data) if config.data else "")
+    places = {name: os.path.abspath(getattr(config, name)) for name in ("data", "probe")
+              if getattr(config, name)}                     # a run is resumed from any folder
+    return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}", **places)
 
 
 def check_ranges(config: Config) -> None:

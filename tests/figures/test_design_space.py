@@ -81,7 +81,7 @@ def test_the_command_prints_the_published_networks(capsys, monkeypatch):
     (["show", "27,640,230.83,2.53,373,0,9"], "neither a published network nor five numbers"),
     (["sample", "--count", "0"], "--count: '0': needs a whole number from 1 to 10,000"),
     (["show", "1,2,3"], "neither a published network nor five numbers"),
-    (["sample", "--flops", "2e6"], "is none")])
+    (["sample", "--flops", "-1"], "--flops: '-1': needs a number from 1e+06 to 1e+13")])
 def test_what_is_outside_the_space_gets_a_sentence(argv, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
