@@ -51,18 +51,18 @@ def run_usage(name):
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
     """An empty folder to import from, without the project's own or any module of it."""
-    def modules_in(folder):
-        return [name for name, module in sys.modules.items()
-                if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder)]
+    ours = {path.stem for path in ROOT.iterdir() if not path.name.startswith(".")}
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *(
         path for path in sys.path if Path(path).resolve() != ROOT)])
-    for name in modules_in(ROOT):
-        monkeypatch.delitem(sys.modules, name)
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours:
+            monkeypatch.delitem(sys.modules, name)
     yield tmp_path
-    for name in modules_in(tmp_path):
-        del sys.modules[name]
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("name", METHOD)
