@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 
 from tests.helpers import write_pictures
@@ -22,3 +24,11 @@ def few_photos(tmp_path_factory):
     write_pictures(folder, 11)
     (folder / "broken.jpg").write_bytes(b"no")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def as_at_a_terminal():
+    """The tests may run under nohup, where SIGHUP is ignored, and processes inherit that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
