@@ -2,6 +2,7 @@
 
     images = open_images("photos/")                    # len(), [i] -> bytes, .name(i), .labels
     python -m data.images pack photos/ shards/ --shard-size 1G          # into tar files (shards.py)
+    python -m data.images pack photos/ shards/ --shrink 512             # the large ones shrunk
 
 No labels are read in training: `labels`, the numbers of the top folders, serve to measure
 afterwards.
@@ -19,6 +20,7 @@ from typing import Iterator
 import numpy
 import torch
 
+from data.cache import Shrunk
 from data.shards import SUFFIXES, is_picture, open_shards, pack
 
 MAX_BYTES = 2 ** 30                  # of a file; larger ones are no images
@@ -94,6 +96,12 @@ class Files:
         start = int(self._ends[i - 1]) if i else 0
         return os.fsdecode(self._names[start:int(self._ends[i])].numpy().tobytes())
 
+    def identity(self, i: int) -> tuple[str, int, int, int]:
+        """What changes where an image does, found without reading it (data/cache.py)."""
+        path = os.path.abspath(os.path.join(self.root, self.name(i)))
+        status = os.stat(path)
+        return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
     def __getitem__(self, i: int) -> bytes:
         # a pipe must not be waited for
         with open(os.path.join(self.root, self.name(i)), "rb",
@@ -138,9 +146,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", help="folder, list of paths, or shards")
     parser.add_argument("out", help="folder for 000000.tar, 000001.tar, ...")
     parser.add_argument("--shard-size", type=parse_size, default="1G", help="bytes, as in 500M; 1G")
+    parser.add_argument("--shrink", type=int, metavar="PIXELS", help="images whose shorter side "
+                        "has more pixels are shrunk to it and stored as JPEG; none: all as they "
+                        "are")
     args = parser.parse_args(argv)
     try:
-        paths = pack(open_images(args.source), args.out, args.shard_size)
+        images = open_images(args.source)
+        if args.shrink is not None:
+            images = Shrunk(images, args.shrink)
+        paths = pack(images, args.out, args.shard_size)
     except (ValueError, OSError) as error:
         print(f"data.images: error: {error}", file=sys.stderr)
         sys.exit(2)
