@@ -8,8 +8,10 @@ import argparse
 import dataclasses
 
 from data.demo import DemoImages
+from distributed.hardware import pick_device
 from multicrop import decode
 from recipes.config import LENGTHS, WRITTEN, Config, complete, flag, unknown, with_length
+from recipes.input import settle
 from recipes.published import RECIPES, SWAV, seer
 from recipes.small import SMALL, small, survey
 
@@ -107,7 +109,8 @@ def configure(given: dict, world: int = 1, images=None) -> Config:
 
 
 def explain(given: dict, world: int, images) -> str:
-    """A run's settings, one a line: the recipe's with its reasons, then what else was given."""
+    """A run's settings, one a line: the recipe's with its reasons, then what else was given; and
+    how fast its input is (input.py)."""
     recipe, rule = rule_for(given, world, images)
     config = with_length(complete(given, world, recipe, rule), len(images))
     lines = [f"recipe {recipe} for {len(images):,} images"]
@@ -117,4 +120,5 @@ def explain(given: dict, world: int, images) -> str:
             changed = value is not None and str(value) != config.text(name)
             reason = "given" + f"; the recipe has {value}" * changed
         lines.append(f"  {flag(name)} {config.text(name)}".ljust(46) + reason)
-    return "\n".join(lines)
+    device_type = config.device.partition(":")[0] or pick_device("").type
+    return "\n".join([*lines, settle(config, images, device_type, world).text])

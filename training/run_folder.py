@@ -28,7 +28,7 @@ from weights.atomic import load, write_whole
 
 MAX_NAMED = 100_000         # images
 # what may change between the parts of one run
-FREE = ("out", "device", "workers", "log_every", "save_every", "keep", "keep_every",
+FREE = ("cache", "out", "device", "workers", "log_every", "save_every", "keep", "keep_every",
         "max_bad_steps", "micro_batch", "checkpoint_activations", "compile", "probe", "probe_every")
 
 
