@@ -43,9 +43,10 @@ from evaluation.summary import look_back
 from figures.curves import curves
 from larc import LARC
 from methods.build import build_method
-from multicrop import MultiCrop, Photometric
+from multicrop import Photometric
 from recipes.command_line import configure, explain, parse_arguments, split_arguments
 from recipes.config import Config, with_length
+from recipes.input import crop_of, settle
 from training.checkpoint import Saver, load_run_state, start_from
 from training.monitor import Monitor, start_lines, usage
 from training.plan import fit_ranks, plan_of
@@ -148,10 +149,10 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
                            timedelta(minutes=60 if config.init else 10))
     rank, world = rank_and_world()
     held, state, config = open_folder(with_length(config, len(images)), images, given, grow)
-    crop = MultiCrop(config.crops, config.strength_at, gray=config.gray, blur=config.blur,
-                     max_pixels=config.max_pixels)
-    stream = Stream(images, crop, config.seed, config.grown_at)
+    stream = Stream(images, crop_of(config), config.seed, config.grown_at)
     stream[0]                                   # a folder without one readable image fails here
+    config, stream.images, workers, input_text = settle(config, images, device.type, world,
+                                                        state and state["step"])
     config = fit_ranks(config, device, dtype)
 
     method = build_method(config, device, world)
@@ -165,7 +166,8 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream)
+    run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream,
+              workers=workers)
     if state:
         load_run_state(run, state)
     with fail_together():
@@ -174,7 +176,7 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
                 run.probe = open_probe(config, device, dtype)
             run.out.mkdir(parents=True, exist_ok=True)
             run.lock = held or lock(run.out)
-            print(start_lines(run), flush=True)
+            print("\n".join(filter(None, (start_lines(run), input_text))), flush=True)
             write_config(config, run.out)
     return run
 
@@ -184,7 +186,7 @@ def open_loader(run: Run) -> Loader:
     positions = Positions(run.start, config.steps, config.batch_size, run.rank, run.world,
                           config.micro_batch)
     augment = Augment(Photometric(config.mean, config.std).to(device), layout(device))
-    workers = share_processors(config.workers, device)
+    workers = share_processors(run.workers, device)
     return Loader(run.stream, positions, augment, device, workers, leave_signals_to_the_parent)
 
 

@@ -9,6 +9,7 @@
     python -m bench growth             # cost against batch, prototypes, crops, ranks and images
     python -m bench features           # evaluate.py's, beside trunk alone and input alone
     python -m bench input              # encoded images to crops, on one core
+    python -m bench cache              # large JPEGs, with data/cache.py and without
     python -m bench order              # position to image, among a billion
 
 How the times are taken is in timing.py, what they are compared with in baseline.py.
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from bench.growth import bench_growth
-from bench.input import bench_features, bench_input, bench_order
+from bench.input import bench_cache, bench_features, bench_input, bench_order
 from bench.parts import bench_optimizer, bench_sinkhorn, bench_trunk
 from bench.step import bench_compile, bench_start, bench_step
 from bench.timing import read_results, write_results
@@ -40,11 +41,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "python -m bench", usage="python -m bench WHAT [--arch ARCH] [--crops CROPS] [more: see "
         "--help]", description="Measure speed beside the baseline.", allow_abbrev=False)
     parser.add_argument("what", choices=["step", "compile", "trunk", "start", "sinkhorn",
-                                         "optimizer", "growth", "features", "input", "order"])
+                                         "optimizer", "growth", "features", "input", "cache",
+                                         "order"])
     parser.add_argument("--arch", default="regnety_400mf",
                         help="of step, compile, trunk, start, optimizer and features")
     parser.add_argument("--crops", default="2x160+4x96",
-                        help="of step, compile and input; of trunk the first size")
+                        help="of step, compile, input and cache; of trunk the first size")
     parser.add_argument("--micro-batch", type=number_in(int, 1, 100_000), default=16,
                         help="images of step, compile and trunk")
     parser.add_argument("--checkpoint-activations", action="store_true",
@@ -89,6 +91,7 @@ def measure(args: argparse.Namespace) -> dict:
         "growth": lambda: bench_growth(dtype, repeats),
         "features": lambda: bench_features(args.arch, device, repeats),
         "input": lambda: bench_input(args.crops, repeats),
+        "cache": lambda: bench_cache(args.crops, repeats),
         "order": lambda: bench_order(repeats)}[args.what]()
 
 

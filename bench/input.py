@@ -5,11 +5,14 @@
 import io
 import itertools
 import random
+import shutil
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy
 import torch
@@ -18,6 +21,8 @@ from torch.utils.data import DataLoader
 
 from bench.baseline import baseline_crops
 from bench.timing import in_turn
+from data.cache import Shrunk, needed_side
+from data.images import open_images
 from data.stream import Positions, Stream, collate, mix, permute
 from evaluation.features import BATCH, CenterCrops, in_batches
 from methods.build import build_trunk
@@ -116,6 +121,44 @@ def from_image_to_crops(specs: Sequence[CropSpec], worker: MultiCrop, width: int
               "b / a'": ms["(b) worker"] / ms["(a') at the chosen scale"]}
     print("   ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
     return ms | ratios
+
+
+def bench_cache(crops: str, repeats: int, size: tuple[int, int] = (4000, 3000),
+                count: int = 16) -> dict:
+    """Milliseconds an image on one core, from a file to crops: of large JPEGs; of the same in the
+    first epoch with a cache and in later ones; and of the same stored at the size of the cache."""
+    torch.set_num_threads(1)
+    specs, result = parse_crops(crops), {"crops": crops, "repeats": repeats, "size": size}
+    with TemporaryDirectory() as temporary:
+        large, small, kept = (Path(temporary, name) for name in ("large", "small", "kept"))
+        for folder in (large, small, kept):
+            folder.mkdir()
+        for i in range(count):
+            (large / f"{i:02}.jpg").write_bytes(jpeg(*size, i))
+        cached = Shrunk(open_images(large), needed_side(specs), kept)
+        for i in range(count):
+            (small / f"{i:02}.jpg").write_bytes(cached[i])
+
+        def epoch(images):
+            stream = Stream(images, MultiCrop(specs), seed=0)
+            return [stream[position] for position in range(count)]
+
+        def first_epoch():
+            shutil.rmtree(kept)
+            return epoch(cached)
+
+        ms = in_turn({"(a) as they are": lambda: epoch(cached.images),
+                      "(b) cache, first epoch": first_epoch,
+                      "(c) cache, later epochs": lambda: epoch(cached),
+                      "(d) stored small": partial(epoch, open_images(small))}, repeats)
+        result |= {name: whole / count for name, whole in ms.items()}
+        result |= {"side": cached.side,
+                   "kB": sum(path.stat().st_size for path in small.iterdir()) / count / 1e3}
+    print(f"{crops}: {size[0]} x {size[1]} shrunk to a shorter side of {cached.side}, "
+          f"{result['kB']:.0f} kB; one core, ms an image, median of {repeats} in turn")
+    for name in ms:
+        print(f"{name:<26}{result[name]:>9.2f}")
+    return result
 
 
 def loader_ms(stream: Stream) -> float:

@@ -3,6 +3,7 @@
     images = open_images("photos/")                    # len(), [i] -> bytes, .name(i), .labels
     images.fingerprint                                 # changes with the set
     python -m data.images pack photos/ shards/ --shard-size 1G          # into tar files (shards.py)
+    python -m data.images pack photos/ shards/ --shrink 512             # the large ones shrunk
 
 No labels are read in training: `labels`, the numbers of the top folders, serve to measure
 afterwards.
@@ -21,8 +22,9 @@ from typing import Iterator
 import numpy
 import torch
 
+from data.cache import Shrunk
 from data.shards import SUFFIXES, is_picture, open_shards, pack
-from weights.terminal import Text, one_sentence
+from weights.terminal import Text, number_in, one_sentence
 
 MAX_BYTES = 2 ** 30                  # of a file; larger ones are no images
 MAX_SHARD = 10 ** 12                 # bytes: an index holds places below 2.2e12 (shards.py)
@@ -121,6 +123,12 @@ class Files:
         start = int(self._ends[i - 1]) if i else 0
         return os.fsdecode(self._names[start:int(self._ends[i])].numpy().tobytes())
 
+    def identity(self, i: int) -> tuple[str, int, int, int]:
+        """What changes where an image does, found without reading it (data/cache.py)."""
+        path = os.path.abspath(os.path.join(self.root, self.name(i)))
+        status = os.stat(path)
+        return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
     def __getitem__(self, i: int) -> bytes:
         # a pipe must not be waited for
         with open(os.path.join(self.root, self.name(i)), "rb",
@@ -170,14 +178,21 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence("python -m data.images"):
         parser = argparse.ArgumentParser(
             "python -m data.images", usage="python -m data.images pack SOURCE OUT [--shard-size "
-            "SIZE]", description="Pack images into tar files.", allow_abbrev=False)
+            "SIZE] [--shrink PIXELS]", description="Pack images into tar files.",
+            allow_abbrev=False)
         parser.add_argument("what", choices=["pack"])
         parser.add_argument("source", action=Text, help="folder, list of paths, or shards")
         parser.add_argument("out", action=Text, help="folder for 000000.tar, 000001.tar, ...")
         parser.add_argument("--shard-size", type=parse_size, default="1G",
                             help="bytes, as in 500M; 1G")
+        parser.add_argument("--shrink", type=number_in(int, 1, 65_535), metavar="PIXELS",
+                            help="images whose shorter side has more pixels are shrunk to it and "
+                                 "stored as JPEG; none: all as they are")
         args = parser.parse_args(argv)
-        paths = pack(open_images(args.source), args.out, args.shard_size)
+        images = open_images(args.source)
+        if args.shrink:
+            images = Shrunk(images, args.shrink)
+        paths = pack(images, args.out, args.shard_size)
         print(f"--data '{args.out}/{{000000..{len(paths) - 1:06d}}}.tar'")
 
 

@@ -31,6 +31,7 @@ import numpy
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data.cache import cache_folder
 from weights.terminal import reason
 
 try:
@@ -108,12 +109,22 @@ class Shards:
         except Exception:                # gone, overwritten, or something odd in its header
             return f"{self.paths[shard]}/at byte {start}"
 
+    def identity(self, i: int) -> tuple:
+        """As that of images.Files. Raises Changed."""
+        shard, _, start, size = self.place(i)
+        path = os.path.abspath(self.paths[shard])
+        status = os.stat(path)
+        self.compare(shard, status)
+        return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, start, size
+
+    def compare(self, shard: int, status: os.stat_result) -> None:
+        if [status.st_size, status.st_mtime_ns] != self.shards[shard][1:3]:
+            raise Changed("changed: the shard is not the one that was indexed")
+
     def __getitem__(self, i: int) -> bytes:
         shard, _, start, size = self.place(i)
         with open(self.paths[shard], "rb") as file:
-            status = os.fstat(file.fileno())
-            if [status.st_size, status.st_mtime_ns] != self.shards[shard][1:3]:
-                raise Changed("changed: the shard is not the one that was indexed")
+            self.compare(shard, os.fstat(file.fileno()))
             file.seek(start)
             data = file.read(size)
         if len(data) < size:
@@ -162,8 +173,7 @@ def open_shards(spec: str) -> Shards:
 def cached(beside: Path) -> Path:
     """Where an index is kept whose own place cannot be written."""
     name = hashlib.sha256(os.fsencode(beside)).hexdigest()[:32]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "seer-in-the-open", f"{name}.index")
+    return cache_folder() / f"{name}.index"
 
 
 def expand(spec: str) -> list[str]:

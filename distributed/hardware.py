@@ -96,17 +96,20 @@ def processors() -> int:
     return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def share_processors(workers: int, device: torch.device) -> int:
-    """Number of decoding processes of this rank; workers: -1, or the number asked for.
+def count_workers(workers: int, device_type: str) -> int:
+    """Number of decoding processes of this rank; workers: -1, or the number asked for."""
+    if workers >= 0:
+        return workers
+    return max(1, processors() // 4) if device_type == "cpu" else processors()
 
-    On a CPU they and the computing threads share its processors, one to three. With more threads
-    than processors, oneDNN's backward convolutions, which wait by spinning, took 7 s instead of
-    0.5 s a step. The number of threads does not depend on `workers`, for sums are rounded
-    otherwise with another number.
+
+def share_processors(workers: int, device: torch.device) -> int:
+    """count_workers; on a CPU they and the computing threads share its processors, one to three.
+
+    With more threads than processors, oneDNN's backward convolutions, which wait by spinning, took
+    7 s instead of 0.5 s a step. The number of threads does not depend on `workers`, for sums are
+    rounded otherwise with another number.
     """
-    available = processors()
     if device.type == "cpu":
-        quarter = max(1, available // 4)
-        torch.set_num_threads(max(1, available - quarter))
-        available = quarter
-    return available if workers < 0 else workers
+        torch.set_num_threads(max(1, processors() - count_workers(-1, "cpu")))
+    return count_workers(workers, device.type)

@@ -10,8 +10,10 @@ import dataclasses
 from torch.cuda import is_available as cuda_is_here
 
 from data.demo import DemoImages
+from distributed.hardware import pick_device
 from multicrop import decode
 from recipes.config import LENGTHS, WRITTEN, Config, complete, flag, unknown, with_length
+from recipes.input import settle
 from recipes.medium import LARGE, TFLOPS, UTILISATION, medium, shortened
 from recipes.published import RECIPES, SWAV, seer
 from recipes.small import SMALL, small, survey
@@ -125,7 +127,8 @@ def configure(given: dict, world: int = 1, images=None) -> Config:
 
 
 def explain(given: dict, world: int, images) -> str:
-    """A run's settings, one a line: the recipe's with its reasons, then what else was given."""
+    """A run's settings, one a line: the recipe's with its reasons, then what else was given; and
+    how fast its input is (input.py)."""
     recipe, rule = rule_for(given, world, images)
     config = with_length(complete(given, world, recipe, rule), len(images))
     lines = [f"recipe {recipe} for {len(images):,} images"]
@@ -135,4 +138,5 @@ def explain(given: dict, world: int, images) -> str:
             had = None if value is None else Config(**{name: value}).text(name)
             reason = "given" + f"; the recipe has {had}" * (had not in (None, config.text(name)))
         lines.append(f"  {flag(name)} {config.text(name)}".ljust(46) + reason)
-    return "\n".join(lines)
+    device_type = config.device.partition(":")[0] or pick_device("").type
+    return "\n".join([*lines, settle(config, images, device_type, world).text])

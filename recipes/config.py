@@ -72,6 +72,12 @@ class Config:
                        "('shards/{000000..000999}.tar', 'shards/*.tar'); none: the demo images")
     max_pixels: int = option(MAX_PIXELS, "of an image; larger ones are replaced (PIL refuses "
                              "twice this default)", 1, 2 * MAX_PIXELS)
+    shrink: int = option(-1, "images whose shorter side has more pixels are shrunk to it before "
+                         "they are cut; 0: none; -1: as --cache says, for the whole run", -1,
+                         65_535)
+    cache: str = option("auto", "folder where shrunk images are kept; off: none; auto: where "
+                        "decoding is measured to take most of the time and the set is small, in "
+                        "the user's cache folder, shrunk to what the crops need")
     out: str = option("", "folder of the run; none: runs/RECIPE-ARCH")
     init: str = option("", "weights to start from: a file or an official name (python -m weights "
                        "lists them); none: random ones")
@@ -130,8 +136,8 @@ class Config:
     precision: str = option("auto", "auto: bf16 where the device is made for it, else fp32",
                             choices=("auto", "bf16", "fp16", "fp32"))
     device: str = option("", "cuda, mps or cpu; none: the best one here")
-    workers: int = option(-1, "decoding processes per rank; -1: its processors, on a CPU a quarter",
-                         -1, 256)
+    workers: int = option(-1, "decoding processes per rank; -1: its processors, on a CPU their "
+                          "measured part of the work, at least a quarter", -1, 256)
     seed: int = option(0, "seed of weights, order, crops and augmentations", 0, 2 ** 63 - 1)
     log_every: int = option(20, "steps between lines of log.jsonl", 1, MAX_STEPS)
     # a run that was changed; set when it is resumed

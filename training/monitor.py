@@ -120,8 +120,8 @@ def start_lines(run: Run) -> str:
     """What is about to be trained, on what."""
     config, world, count = run.config, run.world, len(run.stream.images)
     takes = ""
-    if config.recipe not in ("demo", "small"):              # these are of minutes
-        takes = f", {expected_time(config, run.device, run.dtype, world)}"
+    if run.device.type != "cpu" and config.recipe not in ("demo", "small"):     # these: minutes
+        takes = f", {expected_time(config, run.dtype, world)}"
     source = config.data or "the built-in demo images (--data DIR trains on your own)"
     norms = ""
     if config.sync_bn_group > 1:

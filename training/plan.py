@@ -10,7 +10,6 @@ are exact; the peak memory of a step is predicted to some per cent (`python -m b
 both).
 """
 import math
-import time
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from distributed.wrap import stages_of, sync_group
 from methods.build import build_method
 from recipes.command_line import configure
 from recipes.config import Config, with_length
+from recipes.input import duration
 from recipes.medium import TFLOPS, UTILISATION
 from regnet import ARCHS, complexity
 from swav import ASSIGNED, assigned_sizes
@@ -245,27 +245,13 @@ def plan_of(given: dict, machine: dict, images=None) -> str:
     return plan(config, None if images is None else len(images), **machine)
 
 
-def expected_time(config: Config, device: torch.device, dtype: torch.dtype, world: int) -> str:
-    """Of the whole run, in words: its FLOP at UTILISATION of what a large matrix product reaches,
-    which is measured on a CPU, and on a GPU assumed to be an H100's."""
-    if device.type == "cpu":
-        a, times = torch.randn(1024, 1024).to(dtype), []
-        for _ in range(4):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        tflops = 2 * 1024 ** 3 / min(times) / 1e12
-    else:
-        tflops = TFLOPS
+def expected_time(config: Config, dtype: torch.dtype, world: int) -> str:
+    """Of the whole run on GPUs, in words: its FLOP at UTILISATION of an H100's."""
     spent = work(cost(config, dtype), bool(config.checkpoint_activations),
                  config.batch_size // world > config.micro_batch)
-    hours = config.steps * config.batch_size * spent / (world * UTILISATION * tflops) / 3600
-    for unit, of_an_hour in (("minutes", 60.0), ("hours", 1.0), ("days", 1 / 24)):
-        if hours * of_an_hour < 100:
-            break
-    source = "as a matrix product reaches here" if device.type == "cpu" else "assumed"
-    return (f"about {hours * of_an_hour:,.1f} {unit} at {UTILISATION:.0%} of {tflops:.3g} TFLOP/s "
-            f"a process ({source})")
+    seconds = config.steps * config.batch_size * spent / (world * UTILISATION * TFLOPS)
+    return (f"about {duration(seconds)} at {UTILISATION:.0%} of {TFLOPS:g} TFLOP/s a process "
+            "(assumed)")
 
 
 def column(counted: Cost, config: Config, checkpointing: bool, gpus: int, gpu_memory: float,

@@ -21,9 +21,9 @@ from weights.atomic import load
 
 KNOWN = {field.name for field in dataclasses.fields(Config)}
 # what may change between the parts of one run
-FREE = {"out", "days", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
-        "keep_every", "max_bad_steps", "micro_batch", "checkpoint_activations", "compile", "probe",
-        "probe_every"}
+FREE = {"out", "days", "cache", "device", "workers", "log_every", "save_every", "save_minutes",
+        "keep", "keep_every", "max_bad_steps", "micro_batch", "checkpoint_activations", "compile",
+        "probe", "probe_every"}
 
 
 def remembered(given: dict, world: int) -> dict:

@@ -25,6 +25,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     config: Config | None = None
     stream: Stream | None = None
+    workers: int = -1                   # decoding processes of this rank
     probe: Probe | None = None
     start: int = 0                      # steps done before
     saved: int | None = None            # step of an undamaged checkpoint.pt

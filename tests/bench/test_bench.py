@@ -11,6 +11,7 @@ import train
 from bench import parts, step
 from bench.__main__ import main
 from bench.baseline import baseline_trunk, double_loop, textbook_codes
+from bench.input import bench_cache
 from bench.timing import Clock, read_results, write_results
 from data.loader import Augment, AugmentedCrops
 from larc import LARC
@@ -194,6 +195,16 @@ def test_the_input_is_measured(tmp_path):
         assert ms["c / b"] == ms["(c) baseline"] / ms["(b) worker"]
         assert ms["(d) worker, augmentation"] > 0 < ms["(a') at the chosen scale"]
     assert result["loader"] > 0
+
+
+def test_the_cache_is_measured():
+    threads = torch.get_num_threads()
+    try:
+        result = bench_cache("2x32", 1, (320, 240), 2)
+    finally:
+        torch.set_num_threads(threads)
+    first, later = result["(b) cache, first epoch"], result["(c) cache, later epochs"]
+    assert first > later > 0 < result["(d) stored small"] and result["side"] == 99
 
 
 # --------------------------------------------------------------------------------- the baseline
