@@ -52,8 +52,8 @@ def exported(folder, out):
     """Features and clusters by a network that takes no time, into files with this name."""
     torch.manual_seed(0)
     crops, model = CenterCrops(open_images(folder), 8), SwAV(Means(), (4, 2), 5)
-    return [features(model.trunk, crops, Path(f"{out}.npy"), {}),
-            clusters(model, crops, Path(f"{out}.csv"))]
+    table, found = clusters(model, crops, Path(f"{out}.csv"))
+    return [features(model.trunk, crops, Path(f"{out}.npy"), {}), (table, list(map(tuple, found)))]
 
 
 def tuned(folder, out, frozen_statistics=True):
