@@ -120,10 +120,13 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
 
 def check_files(options: argparse.Namespace) -> None:
     """Raises ValueError where a file of the user's would be replaced."""
-    if options.sheet:
-        refuse_existing(options.sheet, options.force)
-    if options.what == "clusters":
-        refuse_existing(options.out or "clusters.csv", options.force)
+    written = {".png": options.sheet,
+               ".csv": (options.out or "clusters.csv") if options.what == "clusters" else ""}
+    for suffix, path in written.items():
+        if path and not path.endswith(suffix):
+            raise ValueError(f"{path} needs a name that ends in {suffix}")
+        if path:
+            refuse_existing(path, options.force, [options.data])
 
 
 def report(task: EvalTask, result: dict) -> None:

@@ -47,21 +47,14 @@ from multicrop import Photometric
 from recipes.command_line import configure, explain, parse_arguments, split_arguments
 from recipes.config import Config, with_length
 from recipes.input import crop_of, settle
-from training.checkpoint import Saver, load_run_state, start_from
+from training.checkpoint import Saver, keep_products, load_run_state, start_from
 from training.monitor import Monitor, start_lines, usage
 from training.plan import fit_ranks, plan_of
 from training.resume import open_folder, remembered
 from training.rollback import Rollback
 from training.run import Run
 from training.run_folder import lock, write_config
-from training.signals import (
-    INTERRUPTED,
-    Interrupted,
-    Signals,
-    StepDropped,
-    Stop,
-    leave_signals_to_the_parent,
-)
+from training.signals import INTERRUPTED, Interrupted, Signals, StepDropped, Stop, ignore_signals
 from weights.terminal import outlive_terminal, reason
 
 
@@ -100,9 +93,9 @@ def step_gradients(run: Run, step: int, micro_batches: list) -> tuple[Tensor, tu
 def train(run: Run) -> None:
     """The loop. Raises Stop, Interrupted, and NoReadableImage."""
     config, method, optimizer, scaler = run.config, run.method, run.optimizer, run.scaler
-    with Signals() as signals, open_loader(run) as batches, Saver(run) as saver, \
+    with Signals() as signals, open_loader(run, signals) as batches, Saver(run) as saver, \
             Monitor(run, batches, saver) as monitor:
-        rollback, done = Rollback(run, signals), run.start
+        rollback, done = Rollback(run, signals, batches.per_step), run.start
         for step, micro_batches in batches:                 # augmented crops, on the device
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
@@ -166,8 +159,7 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream,
-              workers=workers)
+    run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream, workers)
     if state:
         load_run_state(run, state)
     with fail_together():
@@ -176,18 +168,21 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
                 run.probe = open_probe(config, device, dtype)
             run.out.mkdir(parents=True, exist_ok=True)
             run.lock = held or lock(run.out)
+            if state:
+                keep_products(run)
             print("\n".join(filter(None, (start_lines(run), input_text))), flush=True)
             write_config(config, run.out)
     return run
 
 
-def open_loader(run: Run) -> Loader:
+def open_loader(run: Run, signals: Signals) -> Loader:
     config, device = run.config, run.device
     positions = Positions(run.start, config.steps, config.batch_size, run.rank, run.world,
                           config.micro_batch)
     augment = Augment(Photometric(config.mean, config.std).to(device), layout(device))
     workers = share_processors(run.workers, device)
-    return Loader(run.stream, positions, augment, device, workers, leave_signals_to_the_parent)
+    return Loader(run.stream, positions, augment, device, workers, ignore_signals,
+                  interrupted=lambda: signals.seen is not None)
 
 
 # ------------------------------------------------------------------------------------ the program

@@ -27,6 +27,7 @@ from data.shards import SUFFIXES, is_picture, open_shards, pack
 from weights.terminal import Text, number_in, one_sentence
 
 MAX_BYTES = 2 ** 30                  # of a file; larger ones are no images
+MAX_SIZES = 1000                     # of files, evenly spaced, that a fingerprint holds
 MAX_SHARD = 10 ** 12                 # bytes: an index holds places below 2.2e12 (shards.py)
 NOT_WAITING = getattr(os, "O_NONBLOCK", 0)
 
@@ -142,9 +143,12 @@ class Files:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of all names: the same for the same images, wherever their folder is."""
+        """Of all names and some files' sizes: the same for the same images, wherever they are."""
         digest = hashlib.sha256(self._names.numpy())
         digest.update(self._ends.numpy())
+        for i in range(0, len(self), -(-len(self) // MAX_SIZES)):
+            path = os.path.join(self.root, self.name(i))
+            digest.update(b"%d " % (os.stat(path).st_size if os.path.exists(path) else -1))
         return digest.hexdigest()[:16]
 
     @functools.cached_property

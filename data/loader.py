@@ -61,12 +61,15 @@ class Loader:
 
     positions: of this rank, a micro-batch at a time.  workers: processes; 0: none, decode here.
     start_worker: called in each worker process first, with its number.
+    interrupted: after a micro-batch, whether to leave out those of the step that are left.
     faults: of images replaced so far; the reader empties the list.
     waited: seconds spent waiting for input; the reader sets it back to 0.
     """
 
     def __init__(self, stream: Stream, positions: Positions, augment: Augment, device: torch.device,
-                 workers: int = 0, start_worker: Callable[[int], None] | None = None):
+                 workers: int = 0, start_worker: Callable[[int], None] | None = None,
+                 interrupted: Callable[[], bool] = lambda: False):
+        self.interrupted = interrupted
         self.positions, self.augment, self.device = positions, augment, device
         self.per_step = len(positions) // max(1, len(positions.steps))      # micro-batches
         self.in_workers = device.type == "cpu" and self.per_step == 1
@@ -90,7 +93,9 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[int, list[Sequence[Tensor]]]]:
         for step in self.positions.steps:
             start = time.perf_counter()
-            micro_batches = [self.next() for _ in range(self.per_step)]
+            micro_batches = [self.next()]
+            while len(micro_batches) < self.per_step and not self.interrupted():
+                micro_batches.append(self.next())
             self.waited += time.perf_counter() - start
             yield step, micro_batches
 

@@ -35,7 +35,7 @@ def features(trunk: nn.Module, crops: CenterCrops, out: Path, about: dict, **opt
     about: what the features depend on, besides the names.  options: of features.in_batches. Raises
     ValueError where OUT holds features of something else.
     """
-    images, out = crops.images, out.with_suffix(".npy")
+    images, out = crops.images, out if out.suffix == ".npy" else Path(f"{out}.npy")
     notes, ok_file = out.with_suffix(".json"), out.with_suffix(".ok.npy")
     open_npy = numpy.lib.format.open_memmap
     names = hashlib.sha256()

@@ -74,6 +74,16 @@ def test_force_replaces_but_not_the_source(places, tmp_path, capsys):
         (tmp_path / name).write_text("mine")
     main([*words, "--force"])
     assert (tmp_path / "c.csv").read_text().startswith("name,prototype")
+    names = tmp_path / "list.csv"
+    names.write_text(f"{places['photos']}/0000.png\n")
+    for source, out in ((names, names), (places["photos"], places["photos"] / "0000.csv")):
+        with pytest.raises(SystemExit):
+            main([*words, "--force", f"--data={source}", f"--out={out}"])
+        assert "is the source itself, or lies in it" in capsys.readouterr().err
+    for option in (f"--out={places['model']}", f"--sheet={places['model']}"):
+        with pytest.raises(SystemExit):
+            main([*words, "--force", option])
+        assert "needs a name that ends in" in capsys.readouterr().err
     main, source = weights.__main__.main, str(places["model"])
     (tmp_path / "out.pth").write_text("mine")
     main([source, "--to", "timm", str(tmp_path / "out.pth"), "--force"])

@@ -25,16 +25,16 @@ from distributed.ranks import barrier, fail_together, gather_lists
 from training.rollback import NotFinite
 from training.run import Run
 from training.signals import Stop
-from weights.atomic import save
+from weights.atomic import load, save
 from weights.load import load_weights
 
-VERSION = 3
+VERSION = 4
 
 
 def newest(folder: str | os.PathLike) -> list[Path]:
     """A run's checkpoints, the newest first: checkpoint.pt, then those kept by step."""
     kept = {int(match[1]): path for path in Path(folder).glob("checkpoint-*.pt")
-            if (match := re.fullmatch(r"checkpoint-(\d+)\.pt", path.name))}
+            if (match := re.fullmatch(r"checkpoint-(\d{9,})\.pt", path.name))}
     last = Path(folder, "checkpoint.pt")
     return [last] * last.exists() + [kept[step] for step in sorted(kept, reverse=True)]
 
@@ -175,9 +175,8 @@ def run_state(run: Run, step: int) -> dict:
 
 
 def load_run_state(run: Run, state: dict) -> None:
-    """The way back from run_state. state["last"]: whether it is that of checkpoint.pt. A trunk.pt
-    that is gone is written again; that of a finished run that is extended stays under another name.
-    Raises ValueError where the network is another one."""
+    """The way back from run_state. state["last"]: whether it is that of checkpoint.pt. Raises
+    ValueError where the network is another one."""
     try:
         run.method.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -191,14 +190,25 @@ def load_run_state(run: Run, state: dict) -> None:
         queue.filled = state["queue"]["filled"] // run.world
     run.start, run.saved = state["step"], state["step"] if state["last"] else None
     run.pending |= state["pending"] | {"events": state["events"]}
-    product = run.out / "trunk.pt"
     if run.rank:
         run.pending["bad"] = []
-    elif not product.exists():
-        save(product, run.method.trunk.state_dict())
-    elif run.config.extended_at == run.start:
-        earlier = run.out / f"trunk-{run.start}.pt"
-        earlier.exists() or shutil.copyfile(product, earlier)
+
+
+def keep_products(run: Run) -> None:
+    """Of a run that goes on: a trunk.pt that is gone is written again; of a finished run that is
+    extended, the weights stay in trunk-STEP.pt. On one rank. Raises ValueError where another file
+    has that name."""
+    names = ["trunk.pt"] * (not (run.out / "trunk.pt").exists())
+    if run.config.extended_at == run.start:
+        names.append(f"trunk-{run.start}.pt")
+    weights = run.method.trunk.state_dict() if names else {}
+    for name in names:
+        path = run.out / name
+        if not os.path.lexists(path):
+            save(path, weights)
+        elif not all(torch.equal(value.cpu(), held) for value, held in zip(
+                weights.values(), load(path).values(), strict=True)):
+            raise ValueError(f"{path} is there, and holds other weights: move it")
 
 
 def start_from(source: str, method: nn.Module, rank: int) -> None:

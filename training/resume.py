@@ -20,10 +20,10 @@ from training.run_folder import lock, refuse_foreign
 from weights.atomic import load
 
 KNOWN = {field.name for field in dataclasses.fields(Config)}
-# what may change between the parts of one run
-FREE = {"out", "days", "cache", "device", "workers", "log_every", "save_every", "save_minutes",
-        "keep", "keep_every", "max_bad_steps", "micro_batch", "checkpoint_activations", "compile",
-        "probe", "probe_every"}
+# what may change between the parts of one run; what is not remembered of it either
+MACHINE = {"out", "device", "workers", "micro_batch", "checkpoint_activations"}
+FREE = MACHINE | {"days", "cache", "log_every", "save_every", "save_minutes", "keep", "keep_every",
+                  "max_bad_steps", "compile", "probe", "probe_every"}
 
 
 def remembered(given: dict, world: int) -> dict:
@@ -36,7 +36,7 @@ def remembered(given: dict, world: int) -> dict:
     try:
         saved = json.loads((out / "config.json").read_text())["config"]
         share = saved["batch_size"] // world
-        left_out = {"out", "device", "workers", "checkpoint_activations"} | {
+        left_out = MACHINE - {"micro_batch"} | {
             name for name in LENGTHS if LENGTHS & set(given)} | (
             {"micro_batch"} if share % max(1, saved["micro_batch"]) else set())
         return {name: saved[name] for name in saved if name in KNOWN - left_out}
@@ -56,7 +56,11 @@ def open_folder(config: Config, images, given: Collection[str] | None = None, gr
     rank, world = rank_and_world()
     out, held = Path(config.out), None
     with fail_together():           # the lock first: what the folder holds must not change any more
+        if config.data and out.resolve().is_relative_to(Path(config.data).resolve()):
+            raise ValueError(f"{out} lies in the folder of the images, and what a run draws would "
+                             "become one of them: choose another --out")
         if rank == 0 and out.exists():
+            newest(out) or refuse_foreign(out)
             held = lock(out)
     state, config = resume(config, images, out, given, grow)
     check_ranks(config, world)
@@ -82,42 +86,41 @@ def resume(config: Config, images, out: Path, given: Collection[str] | None = No
         return None, config
     old = Config(**{name: value for name, value in state["config"].items() if name in KNOWN})
     state |= {"last": path.name == "checkpoint.pt", "events": []}
+    named = KNOWN if given is None else set(given)
     changed = {name for name in KNOWN - FREE if getattr(old, name) != getattr(config, name)}
-    same, unchanged, new = same_place(old.data, config.data), same_images(state, images), {}
-    if same and unchanged:
-        new = {"data": config.data}
-    elif grow:
-        new = {"data": config.data, "grown_at": state["step"] * old.batch_size}
-        state["events"].append(f"from here on {len(images):,} images of {config.data}, before "
-                               f"{state['num_images']:,} of {old.data}; a new epoch begins")
-    elif same:
-        now = f"{len(images):,}" if len(images) != state["num_images"] else "as many others"
-        raise ValueError(
-            f"{out} was trained on {state['num_images']:,} images, and {config.data} now holds "
-            f"{now}: restore them, go on with what is there (--grow), or start another run from "
-            f"its weights (--init {out}/checkpoint.pt --out ...)")
-    elif not (given is None or "data" in given):        # config.json is gone
-        raise ValueError(f"{out} was trained on {old.data or 'the demo images'}: name it (--data)")
-    if LENGTHS & changed & set(KNOWN if given is None else given) and config.steps > old.steps:
+    new = {"data": config.data}
+    # config.json remembers an extension that ended before its first checkpoint
+    asked = LENGTHS & changed & named or config.extended_at == old.steps
+    if asked and config.steps > old.steps:
         new |= extended(config, old, state, out)
     elif config.steps == old.steps:
         new |= {name: getattr(config, name) for name in LENGTHS}
+    if (state["num_images"], state["fingerprint"]) != (len(images), images.fingerprint):
+        new |= grown(config, old, state, images, grow, new.get("steps", old.steps))
     refused = [f"{name} was {old.text(name)}, not {config.text(name)}"
-               for name in sorted(changed - new.keys()) if given is None or name in given]
+               for name in sorted(changed & named - new.keys())]
     if refused:
         raise ValueError(f"{out} holds another run ({'; '.join(refused)}); choose another --out")
-    kept = {name: getattr(old, name) for name in KNOWN - FREE}
+    kept = {name: getattr(old, name) for name in KNOWN - MACHINE if name not in FREE & named}
     return state, dataclasses.replace(config, **kept | new)
 
 
-def same_place(one: str, other: str) -> bool:
-    """Whether two names are of the same data: photos and photos/, a link and its target."""
-    return bool(one) == bool(other) and os.path.realpath(one) == os.path.realpath(other)
-
-
-def same_images(state: dict, images) -> bool:
-    known = state.get("fingerprint", images.fingerprint)        # earlier versions have none
-    return (state["num_images"], known) == (len(images), images.fingerprint)
+def grown(config: Config, old: Config, state: dict, images, grow: bool, steps: int) -> dict:
+    """What changes in the configuration of a run that goes on with other images. grow: whether it
+    was asked to.  steps: that it will have. Raises ValueError where it cannot."""
+    now, before = config.data or "the demo set", old.data or "the demo set"
+    if not grow:
+        count = f"{len(images):,}" if len(images) != state["num_images"] else "as many others"
+        raise ValueError(
+            f"{config.out} was trained on {state['num_images']:,} images of {before}, and {now} "
+            f"now holds {count}: name or restore them (--data), go on with what is there (--grow), "
+            f"or start another run from its weights (--init {config.out}/checkpoint.pt --out ...)")
+    if state["step"] >= steps:
+        raise ValueError(f"--grow: {config.out} is finished after {steps} steps: give it a greater "
+                         "length too, as --steps")
+    state["events"].append(f"from here on {len(images):,} images of {now}, before "
+                           f"{state['num_images']:,} of {before}; a new epoch begins")
+    return {"grown_at": state["step"] * old.batch_size}
 
 
 def extended(config: Config, old: Config, state: dict, out: Path) -> dict:

@@ -1,6 +1,6 @@
 """Rollback: a step that is not finite, or was interrupted, leaves no trace, on any rank.
 
-    rollback = Rollback(run, signals)
+    rollback = Rollback(run, signals, per_step)         # micro-batches
     for step in steps:
         rollback.remember()
         for crops in rollback.watched(micro_batches):   # StepDropped between two, after a signal
@@ -35,8 +35,9 @@ class Verdict(NamedTuple):
 
 
 class Rollback:
-    def __init__(self, run: Run, signals: Signals):
-        self.run, self.signals, self.step, self.origin = run, signals, 0, 0.0
+    def __init__(self, run: Run, signals: Signals, per_step: int = 1):
+        self.run, self.signals, self.per_step = run, signals, per_step
+        self.step, self.origin = 0, 0.0
         self.buffers = list(run.method.buffers())
         self.copies = [buffer.clone() for buffer in self.buffers]
 
@@ -45,12 +46,12 @@ class Rollback:
         for copy, buffer in zip(self.copies, self.buffers):
             copy.copy_(buffer)
 
-    def watched(self, micro_batches: Sequence) -> "Watched":
-        """Raises StepDropped between two of them once a signal has come, to this rank or to
-        another. note: several micro-batches make each of them a collective."""
+    def watched(self, micro_batches: Sequence) -> Sequence:
+        """Of a step with several: raises StepDropped before each of them once a signal has come,
+        to this rank or to another. note: each is a collective."""
         def signalled():
             return all_reduce_max([self.signals.seen is not None], self.run.device)[0]
-        return Watched(micro_batches, signalled)
+        return Watched(micro_batches, signalled) if self.per_step > 1 else micro_batches
 
     def vote(self, step: int, loss: Tensor, outputs: tuple[Tensor, ...],
              save: bool = False) -> Verdict:
@@ -96,7 +97,7 @@ class Watched:
 
     def __iter__(self) -> Iterator:
         for crops in self.micro_batches:
-            if len(self) > 1 and self.signalled():
+            if self.signalled():
                 raise StepDropped
             yield crops
 

@@ -32,7 +32,7 @@ FILES = ("config.json", "log.jsonl", "views.png", "loss.png", *PRODUCTS)
 def lock(folder: Path):
     """Keep a second run out of a folder, as long as the returned file is open; the lock ends with
     the process. Raises ValueError where another process has it."""
-    file = open(folder / ".lock", "w")
+    file = open(folder / ".lock", "a")
     if fcntl:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # not inherited by workers
@@ -53,6 +53,7 @@ def refuse_foreign(out: Path) -> None:
     except (OSError, ValueError, AttributeError):
         ours = False
     there = [name for name in (PRODUCTS if ours else FILES) if os.path.lexists(out / name)]
+    there += [path.name for path in out.glob("trunk-*.pt")]
     if "trunk.pt" in there and ours:
         raise ValueError(f"{out} holds a trunk.pt, and no checkpoint to go on from: choose another "
                          f"--out (--init {out}/trunk.pt starts from it), or move the folder")

@@ -77,7 +77,7 @@ class Signals:
             os.kill(os.getpid(), number)
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """worker_init_fn of a DataLoader: a signal to the whole process group must not end the workers
     of a run that wants to finish its step; but they end with the run, however it dies (Linux)."""
     if sys.platform == "linux":

@@ -94,9 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         print(summary(loaded))
         if args.to:
             out = Path(args.to[1])
-            refuse_existing(out, args.force)
-            if out.exists() and out.samefile(loaded.path):
-                raise ValueError(f"{out} is the source itself")
+            refuse_existing(out, args.force, [loaded.path])
             write(loaded.tensors, args.to[0], out)
 
 

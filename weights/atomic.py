@@ -94,9 +94,13 @@ def load(path: str | os.PathLike):
         raise ValueError(f"{path} is damaged, or not a checkpoint ({reason(error)})") from None
 
 
-def refuse_existing(path: str | os.PathLike, force: bool | None = None) -> None:
-    """Raises ValueError where there is a file already. force: whether --force was given, which
-    replaces it; None: there is no such option."""
+def refuse_existing(path: str | os.PathLike, force: bool | None = None, sources=()) -> None:
+    """Raises ValueError where there is a file already, and where path is one of the sources, or
+    lies in one that is a folder. force: whether --force was given, which replaces any other file;
+    None: there is no such option."""
+    for source in filter(None, sources):
+        if Path(path).resolve().is_relative_to(Path(source).resolve()):
+            raise ValueError(f"{path} is the source itself, or lies in it: choose another name")
     if os.path.lexists(path) and not force:
         raise ValueError(f"{path} is there already: choose another name"
                          + ", or add --force" * (force is not None))

@@ -107,4 +107,10 @@ def outlive_terminal() -> None:
     """A run goes on without its terminal, or its pipe (`python train.py | head -2`): from then on
     it writes into nothing. For this process alone; its children inherit the streams as they were.
     """
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    for number in range(3):         # one that is closed (`>&-`) would be the next file opened
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = (Output(stream or open(os.devnull, "w"))
+                              for stream in (sys.stdout, sys.stderr))

@@ -22,7 +22,7 @@ from tests.data.conftest import Memory
 from tests.helpers import equal, write_pictures
 from train import step_gradients
 from training.run import Run
-from training.signals import leave_signals_to_the_parent
+from training.signals import ignore_signals
 
 CPU = torch.device("cpu")
 SPECS = parse_crops("2x48+3x32")
@@ -219,7 +219,7 @@ def test_the_time_spent_waiting_adds_up_until_it_is_read():
 # -------------------------------------------------------------------------------------- workers
 def start_worker(folder, worker):
     """As a run's: SIGTERM does not end it. It leaves its process id."""
-    leave_signals_to_the_parent(worker)
+    ignore_signals(worker)
     whole = Path(folder, f"{worker}.tmp")
     whole.write_text(str(os.getpid()))
     whole.rename(Path(folder, str(worker)))

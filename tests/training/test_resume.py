@@ -4,18 +4,23 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from unittest.mock import Mock
 
 import pytest
 
 import train
 from data.images import open_images
+from data.loader import Loader
 from data.stream import Stream
-from recipes.command_line import configure
+from recipes.command_line import configure, parse_arguments
 from recipes.config import with_length
 from swav import SwAV
-from tests.helpers import SMALL, equal, log_of, refuse, run, write_pictures
+from tests.helpers import ROOT, SMALL, equal, log_of, refuse, run, write_pictures
 from training import monitor
 from training.checkpoint import newest
+from training.resume import resume
 from training.signals import Signals
 from weights.atomic import load
 from weights.terminal import Output
@@ -59,7 +64,8 @@ def test_what_is_not_named_comes_from_the_run(few_photos, tmp_path, monkeypatch,
     (photos / "0001.png").rename(photos / "new.png")
     assert "holds as many others" in refuse(capsys, f"--out={out}")
     (photos / "new.png").rename(photos / "0001.png")
-    assert "data was" in refuse(capsys, f"--out={out}", f"--data={few_photos}")
+    write_pictures(tmp_path / "others", 12, size=(32, 32))    # with the same names
+    assert "holds as many others" in refuse(capsys, f"--out={out}", f"--data={tmp_path}/others")
     assert "arch was" in refuse(capsys, f"--out={out}", "--arch=regnetx_200mf", "--crops=2x48+2x32")
     assert contents(out) == before
 
@@ -73,18 +79,30 @@ def test_what_is_not_named_comes_from_the_run(few_photos, tmp_path, monkeypatch,
 def test_the_same_data_by_another_name(few_photos, tmp_path, monkeypatch, capsys):
     out, photos = tmp_path / "run", tmp_path / "photos"
     shutil.copytree(few_photos, photos)
-    run(photos, out, "--steps=1")
+    run(few_photos, out, "--steps=1")
     (tmp_path / "link").symlink_to(photos)
     monkeypatch.chdir(tmp_path)
     for name in ("photos/", "./link"):
         capsys.readouterr()
         run(name, out, "--steps=1")
         assert "is finished" in capsys.readouterr().out
+    photos.rename(tmp_path / "moved")                   # the same images in another place
+    run("moved", out, "--steps=1")
+    assert "is finished" in capsys.readouterr().out
     (out / "config.json").unlink()                      # then no name is known
-    assert f"was trained on {photos}: name it (--data)" in refuse(
+    assert f"of {few_photos}, and the demo set now holds 4,096: name or restore them" in refuse(
         capsys, f"--out={out}", "--recipe=demo", "--steps=1")
     (out / "config.json").write_text("{}")
     assert "config.json is damaged" in refuse(capsys, f"--out={out}", "--recipe=demo")
+
+
+def test_options_that_may_change_are_remembered_too(few_photos, tmp_path):
+    """The default folder is not named: its run's options count all the same."""
+    run(few_photos, tmp_path / "run", "--steps=2", "--keep=7")
+    images = open_images(few_photos)
+    given = parse_arguments([f"--data={few_photos}", *SMALL, "--steps=2", "--save-every=3"])
+    _, config = resume(configure(given, 1, images), images, tmp_path / "run", given)
+    assert (config.keep, config.save_every) == (7, 3)
 
 
 def test_a_set_that_changes_has_another_fingerprint(tmp_path):
@@ -93,6 +111,13 @@ def test_a_set_that_changes_has_another_fingerprint(tmp_path):
         (tmp_path / "list").write_text("\n".join(names))
         prints.add(open_images(tmp_path / "list").fingerprint)
     assert len(prints) == 3
+    write_pictures(tmp_path / "a", 2)
+    write_pictures(tmp_path / "b", 2, size=(32, 32))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    before = open_images(tmp_path / "link").fingerprint
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    assert open_images(tmp_path / "link").fingerprint != before
 
 
 # -------------------------------------------------------------------- a product is not replaced
@@ -117,8 +142,23 @@ def test_a_file_that_no_run_wrote_stays(name, few_photos, tmp_path, capsys):
     (tmp_path / name).write_text("mine")
     assert f"holds a {name}, and no run that wrote it" in refuse(
         capsys, f"--data={few_photos}", f"--out={tmp_path}", *SMALL, "--steps=1")
-    assert {path.name for path in tmp_path.iterdir()} <= {name, ".lock"}
+    assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_other_files_of_the_folder_stay(few_photos, tmp_path, capsys):
+    (tmp_path / ".lock").write_text("mine")
+    run(few_photos, tmp_path, "--steps=1")
+    assert (tmp_path / ".lock").read_text() == "mine"
+    (tmp_path / "trunk-1.pt").write_text("mine")
+    assert "trunk-1.pt is " in refuse(
+        capsys, f"--data={few_photos}", f"--out={tmp_path}", *SMALL, "--steps=2")
+    assert (tmp_path / "trunk-1.pt").read_text() == "mine"
+    photos = shutil.copytree(few_photos, tmp_path / "photos")
+    for inside in ("photos", "photos/run"):
+        assert "lies in the folder of the images" in refuse(
+            capsys, f"--data={photos}", f"--out={tmp_path / inside}", *SMALL, "--steps=1")
+    assert not (photos / "run").exists()
 
 
 # ----------------------------------------------------------------------------------- at a signal
@@ -148,6 +188,35 @@ def test_a_step_is_dropped_between_two_micro_batches(few_photos, tmp_path, monke
     for key in ("step", "model", "optimizer", "queue", "pending"):
         assert equal(one[key], other[key]), key
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+def test_a_step_of_one_micro_batch_is_finished(few_photos, tmp_path, monkeypatch):
+    """A signal before it is begun does not drop it, which would save no step at all."""
+    next_ = Loader.next
+
+    def signal_while_loading(self):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return next_(self)
+
+    monkeypatch.setattr(Loader, "next", signal_while_loading)
+    with pytest.raises(SystemExit):
+        run(few_photos, tmp_path / "run", "--steps=4")
+    assert load(tmp_path / "run" / "checkpoint.pt")["step"] == 1
+
+
+def test_the_rest_of_a_step_is_not_loaded(few_photos, tmp_path, monkeypatch):
+    calls, next_ = [], Loader.next
+
+    def signal_while_loading(self):
+        calls.append(1)
+        if len(calls) == 6:                                 # the second of four
+            os.kill(os.getpid(), signal.SIGHUP)
+        return next_(self)
+
+    monkeypatch.setattr(Loader, "next", signal_while_loading)
+    with pytest.raises(SystemExit):
+        run(few_photos, tmp_path / "run", "--steps=4", "--micro-batch=1")
+    assert load(tmp_path / "run" / "checkpoint.pt")["step"] == 1 and len(calls) == 6
 
 
 def test_under_nohup_sighup_stays_ignored():
@@ -181,6 +250,17 @@ def test_a_closed_pipe_takes_what_is_written():
     output.close()
 
 
+@pytest.mark.long
+def test_closed_streams(tmp_path):
+    """`>&- 2>&-`: what is printed goes nowhere, and into no file that is opened next."""
+    program = ("from weights.terminal import outlive_terminal; import os\n"
+               f"outlive_terminal(); file = open({str(tmp_path / 'file')!r}, 'w')\n"
+               "assert file.fileno() > 2; print(1); os.write(2, b'2')")
+    subprocess.run(["sh", "-c", f'"{sys.executable}" -c "$0" >&- 2>&- <&-', program], check=True,
+                   cwd=ROOT)
+    assert (tmp_path / "file").read_text() == ""
+
+
 # -------------------------------------------------------------------------------- what is changed
 def test_the_rate_of_a_run_that_is_extended():
     config = with_length(configure({"recipe": "demo", "steps": 100}), 4096)
@@ -208,9 +288,16 @@ def test_a_finished_run_is_extended(few_photos, tmp_path, monkeypatch, capsys):
     assert "finish it first" in refuse(
         capsys, f"--data={few_photos}", f"--out={out}", *SMALL, "--steps=6")
     run(few_photos, out, "--steps=4")
-    product = load(out / "trunk.pt")
+    product, before = load(out / "trunk.pt"), contents(out)
+    write_pictures(tmp_path / "others", 5)
+    assert "finished after 4 steps: give it a greater length too" in refuse(
+        capsys, f"--data={tmp_path / 'others'}", f"--out={out}", *SMALL, "--steps=4", "--grow")
+    assert contents(out) == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train", Mock(side_effect=KeyboardInterrupt))      # nothing saved yet
+        run(few_photos, out, *longer)
     capsys.readouterr()
-    run(few_photos, out, *longer)
+    train.main([f"--out={out}", "--device=cpu", "--workers=0"])
     assert "extended from 4 to 6 steps, at a learning rate of" in capsys.readouterr().out
     assert equal(load(out / "trunk-4.pt"), product) and not equal(load(out / "trunk.pt"), product)
     log = log_of(out)
