@@ -75,6 +75,10 @@ class Shrunk:
         return self.images.fingerprint
 
     @property
+    def sizes(self) -> str:
+        return self.images.sizes
+
+    @property
     def labels(self):
         return self.images.labels
 

@@ -1,7 +1,7 @@
 """Images: a folder, a list of paths or tar shards, opened as one dataset of encoded images.
 
     images = open_images("photos/")                    # len(), [i] -> bytes, .name(i), .labels
-    images.fingerprint                                 # changes with the set
+    images.fingerprint, images.sizes                    # change with the set
     python -m data.images pack photos/ shards/ --shard-size 1G          # into tar files (shards.py)
     python -m data.images pack photos/ shards/ --shrink 512             # the large ones shrunk
 
@@ -27,7 +27,7 @@ from data.shards import SUFFIXES, is_picture, open_shards, pack
 from weights.terminal import Text, number_in, one_sentence
 
 MAX_BYTES = 2 ** 30                  # of a file; larger ones are no images
-MAX_SIZES = 1000                     # of files, evenly spaced, that a fingerprint holds
+MAX_SIZES = 1000                     # of files, evenly spaced, that are compared
 MAX_SHARD = 10 ** 12                 # bytes: an index holds places below 2.2e12 (shards.py)
 NOT_WAITING = getattr(os, "O_NONBLOCK", 0)
 
@@ -143,9 +143,15 @@ class Files:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of all names and some files' sizes: the same for the same images, wherever they are."""
+        """Of all names: the same for the same images, wherever their folder is."""
         digest = hashlib.sha256(self._names.numpy())
         digest.update(self._ends.numpy())
+        return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def sizes(self) -> str:
+        """Of some files' sizes: tells sets apart that have the same names."""
+        digest = hashlib.sha256()
         for i in range(0, len(self), -(-len(self) // MAX_SIZES)):
             path = os.path.join(self.root, self.name(i))
             digest.update(b"%d " % (os.stat(path).st_size if os.path.exists(path) else -1))

@@ -81,6 +81,8 @@ class Shards:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    sizes = ""                           # the fingerprint has them
+
     @property
     def fingerprint(self) -> str:
         """Of the shards' names, sizes and numbers of images."""

@@ -160,6 +160,7 @@ def run_state(run: Run, step: int) -> dict:
     """
     state = {"version": VERSION, "step": step, "config": run.config.as_dict(),
              "num_images": len(run.stream.images), "fingerprint": run.stream.images.fingerprint,
+             "sizes": run.stream.images.sizes, "place": os.path.realpath(run.config.data),
              "model": run.method.state_dict(),
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
     if queue := getattr(run.method, "queue", None):

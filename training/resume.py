@@ -95,7 +95,7 @@ def resume(config: Config, images, out: Path, given: Collection[str] | None = No
         new |= extended(config, old, state, out)
     elif config.steps == old.steps:
         new |= {name: getattr(config, name) for name in LENGTHS}
-    if (state["num_images"], state["fingerprint"]) != (len(images), images.fingerprint):
+    if not same_images(state, config, images):
         new |= grown(config, old, state, images, grow, new.get("steps", old.steps))
     refused = [f"{name} was {old.text(name)}, not {config.text(name)}"
                for name in sorted(changed & named - new.keys())]
@@ -103,6 +103,13 @@ def resume(config: Config, images, out: Path, given: Collection[str] | None = No
         raise ValueError(f"{out} holds another run ({'; '.join(refused)}); choose another --out")
     kept = {name: getattr(old, name) for name in KNOWN - MACHINE if name not in FREE & named}
     return state, dataclasses.replace(config, **kept | new)
+
+
+def same_images(state: dict, config: Config, images) -> bool:
+    """Whether a run's images are there: by the same names in the same place, where one may have
+    been damaged since; or in another place, and of the same sizes."""
+    return (state["num_images"], state["fingerprint"]) == (len(images), images.fingerprint) and (
+        state["place"] == os.path.realpath(config.data) or state["sizes"] == images.sizes)
 
 
 def grown(config: Config, old: Config, state: dict, images, grow: bool, steps: int) -> dict:
