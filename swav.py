@@ -91,7 +91,8 @@ class SwAV(nn.Module):
         # all sizes go through the head together, so a head's BatchNorm sees every crop
         projected = self.head(features)                                  # (V*B, D)
         with torch.autocast(projected.device.type, enabled=False):
-            embeddings = F.normalize(projected.float(), dim=1)
+            wide = torch.promote_types(projected.dtype, torch.float32)
+            embeddings = F.normalize(projected.to(wide), dim=1)
             return embeddings, self.prototypes(embeddings)
 
     def targets(self, outputs: tuple[Tensor, Tensor], step: int) -> Tensor:

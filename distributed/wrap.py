@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from distributed.hardware import layout
+from distributed.sync_bn import convert
 from regnet import Block
 
 
@@ -36,9 +37,9 @@ def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
     and its passes without gradient stay in use. What is returned is for passes with gradient.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    group = sync_group(sync_bn_group, ranks, device)
+    group = sync_group(sync_bn_group, ranks)
     if group > 1:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model, dist.new_subgroups(group)[0])
+        convert(model, dist.new_subgroups(group)[0])    # its collectives do not wait for DDP's
     if checkpoint_activations:
         checkpoint_stages(model.trunk)
     model.to(memory_format=layout(device))
@@ -53,11 +54,9 @@ def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
                                        broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def sync_group(wanted: int, ranks: int, device: torch.device) -> int:
-    """Ranks that share their BatchNorm statistics: as many as wanted, if that divides their number;
-    1 on a CPU, for which PyTorch has no SyncBatchNorm."""
-    if device.type != "cuda":
-        return 1
+def sync_group(wanted: int, ranks: int) -> int:
+    """Ranks that share their BatchNorm statistics: as many as wanted, if that divides their number,
+    else the next lower number that does."""
     return max(n for n in range(1, max(1, min(wanted, ranks)) + 1) if ranks % n == 0)
 
 

@@ -125,9 +125,9 @@ def start_lines(run: Run) -> str:
     source = config.data or "the built-in demo images (--data DIR trains on your own)"
     norms = ""
     if config.sync_bn_group > 1:
-        group = sync_group(config.sync_bn_group, world, run.device)
+        group = sync_group(config.sync_bn_group, world)
         norms = (f"; BatchNorm over {group} ranks" if group > 1 else "; BatchNorm of each rank by "
-                 f"itself: SyncBatchNorm over {config.sync_bn_group} needs CUDA and several ranks")
+                 f"itself: SyncBatchNorm over {config.sync_bn_group} needs several ranks")
     small = " (for fewer than 100,000 images; --explain gives its reasons)"
     return (f"data: {count:,} images from {source}\n"
             f"recipe {config.recipe}{small * (config.recipe == 'small')}: {config.arch}, "

@@ -184,7 +184,7 @@ def traffic(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, g
     """Bytes each GPU sends in a step, by purpose; collectives in rings."""
     counts = [spec.count for spec in config.crops]
     micro_batches, ring = config.batch_size // gpus // micro_batch, 2 * (gpus - 1) / gpus
-    group = sync_group(config.sync_bn_group, gpus, torch.device("cuda"))
+    group = sync_group(config.sync_bn_group, gpus)
 
     def forward(norms):             # all-gather of means, deviations and a count
         return 4 * sum(2 * channels + 1 for channels in norms) * (group - 1)

@@ -27,12 +27,13 @@ def wrapped_by(model, backend="", **options):
 
 
 def two_steps(device, checkpointing, compiled=False, arch="regnety_100mf", rank=0, world=1,
-              micro_batches=1):
+              micro_batches=1, dtype=torch.float32, order=slice(None)):
     """Losses, gradients and running statistics of two steps, each over two resolutions."""
-    model = tiny(device, arch=arch, head_bn=True)
+    model = tiny(device, arch=arch, head_bn=True).to(dtype)
     wrapped = wrapped_by(model, sync_bn_group=world, checkpoint_activations=checkpointing,
                          compiled=compiled)
-    batches = [[size.to(device) for size in images(4, seed)] for seed in range(2)]
+    batches = [[size[:, order].to(device, dtype) for size in images(4, seed)]
+               for seed in range(2)]
     run = run_of(model, wrapped)
     losses = [step_gradients(run, 0, cut(batch, micro_batches, rank, world))[0].item()
               for batch in batches]
@@ -98,8 +99,8 @@ def compiled_steps(rank, checkpointing, micro_batches, device, backend, compiled
     model = SwAV(RegNet(RegNetParams(depth, 16, 16.0, 2.0, 8, se_ratio=0.25)), (24, 16), 12,
                  counts=[count for count, _ in sizes])
     model.to(device)
-    wrapped = wrapped_by(model, backend, checkpoint_activations=checkpointing,
-                         compiled=compiled)
+    wrapped = wrapped_by(model, backend, sync_bn_group=world, compiled=compiled,
+                         checkpoint_activations=checkpointing)
     device, graphs, losses = model.prototypes.weight.device, [], []
     counters.clear()
     for seed in range(3):
@@ -150,8 +151,7 @@ def test_no_wrapper_renames_a_parameter():
 @pytest.mark.parametrize("wanted, ranks, group", [(64, 8, 8), (64, 128, 64), (8, 12, 6), (0, 8, 1),
                                                   (32, 1, 1), (1, 8, 1)])
 def test_groups_of_synchronised_batchnorm(wanted, ranks, group):
-    assert wrap.sync_group(wanted, ranks, torch.device("cuda")) == group
-    assert wrap.sync_group(wanted, ranks, CPU) == 1
+    assert wrap.sync_group(wanted, ranks) == group
 
 
 def test_unknown_trunks_are_refused():
@@ -174,28 +174,3 @@ def test_checkpointing_on_a_gpu(compiled):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
     tracked = [value for name, value in again[2].items() if "stem.1.num_batches" in name]
     assert tracked == [2 * len(SPECS)]
-
-
-def synchronised_steps(rank, world, micro_batches, checkpointing, compiled):
-    return two_steps("cuda", checkpointing, compiled, rank=rank, world=world,
-                     micro_batches=micro_batches)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("checkpointing, compiled", [(False, False), (True, False), (True, True)])
-def test_synchronised_statistics_are_the_joined_batchs(tmp_path, checkpointing, compiled):
-    """Two ranks on one GPU, joined by gloo, BatchNorm in training: losses, gradients and running
-    statistics of one process on the joined batch."""
-    losses, grads, buffers = two_steps("cuda", False)
-    ranks = run_ranks(synchronised_steps, tmp_path, 2, 1, checkpointing, compiled, timeout=300)
-    for step, loss in enumerate(losses):
-        assert sum(rank[0][step] for rank in ranks) / 2 == pytest.approx(loss, rel=1e-4)
-    for _, mine, statistics in ranks:
-        assert_close(mine, grads, tolerance=1e-3)
-        torch.testing.assert_close(statistics, buffers, rtol=1e-3, atol=1e-5)
-    # and of several micro-batches the first pass, though it synchronises, leaves no trace
-    plain, again = (run_ranks(synchronised_steps, tmp_path, 2, 2, redo, False, timeout=300)
-                    for redo in (False, True))
-    for expected, mine in zip(plain, again):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
-        assert mine[2]["trunk.stem.1.num_batches_tracked"] == 2 * 2 * len(SPECS)
