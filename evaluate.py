@@ -152,8 +152,8 @@ def main(argv: list[str] | None = None) -> None:
         check_files(options)
         try:
             if "RANK" in os.environ:
-                cuda = pick_device(options.device).type == "cuda"
-                init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=60))
+                init_process_group(pick_device(options.device, int(os.environ["LOCAL_RANK"])),
+                                   timedelta(minutes=60))
             task = open_task(options)
             result = PROTOCOLS[options.what](task)
             if is_main():

@@ -23,7 +23,6 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,10 +31,16 @@ from torch import Tensor
 
 from data.demo import DemoImages
 from data.images import open_images
-from data.loader import Augment, Loader
-from data.stream import NoReadableImage, Positions, Stream
-from distributed.hardware import autocast, layout, pick_device, pick_precision, share_processors
-from distributed.ranks import barrier, fail_together, init_process_group, rank_and_world
+from data.stream import NoReadableImage, Stream
+from distributed.hardware import affinity, autocast, pick_device, pick_precision, share_machine
+from distributed.ranks import (
+    PATIENCE,
+    barrier,
+    fail_together,
+    gather_lists,
+    init_process_group,
+    rank_and_world,
+)
 from distributed.step import frozen_statistics, sync_gradients
 from distributed.wrap import check_compiler, wrap
 from evaluation.probe import open_probe
@@ -43,7 +48,6 @@ from evaluation.summary import look_back
 from figures.curves import curves
 from larc import LARC
 from methods.build import build_method
-from multicrop import Photometric
 from recipes.command_line import configure, explain, parse_arguments, split_arguments
 from recipes.config import Config, with_length
 from recipes.input import crop_of, settle
@@ -52,9 +56,9 @@ from training.monitor import Monitor, start_lines, usage
 from training.plan import fit_ranks, plan_of
 from training.resume import open_folder, remembered
 from training.rollback import Rollback
-from training.run import Run
+from training.run import Run, open_loader
 from training.run_folder import lock, write_config
-from training.signals import INTERRUPTED, Interrupted, Signals, StepDropped, Stop, ignore_signals
+from training.signals import INTERRUPTED, Interrupted, Signals, StepDropped, Stop
 from weights.terminal import outlive_terminal, reason
 
 
@@ -93,8 +97,8 @@ def step_gradients(run: Run, step: int, micro_batches: list) -> tuple[Tensor, tu
 def train(run: Run) -> None:
     """The loop. Raises Stop, Interrupted, and NoReadableImage."""
     config, method, optimizer, scaler = run.config, run.method, run.optimizer, run.scaler
-    with Signals() as signals, open_loader(run, signals) as batches, Saver(run) as saver, \
-            Monitor(run, batches, saver) as monitor:
+    with Signals() as signals, run.batches as batches, Saver(run) as saver, \
+            Monitor(run, saver) as monitor:
         rollback, done = Rollback(run, signals, batches.per_step), run.start
         for step, micro_batches in batches:                 # augmented crops, on the device
             for group in optimizer.param_groups:
@@ -138,9 +142,9 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
     dtype = pick_precision(config.precision, device)
     if "RANK" in os.environ and not dist.is_initialized():
         # --init may have to download 37 GB
-        init_process_group("nccl" if device.type == "cuda" else "gloo",
-                           timedelta(minutes=60 if config.init else 10))
+        init_process_group(device, 2 * PATIENCE if config.init else PATIENCE)
     rank, world = rank_and_world()
+    share_machine(gather_lists([affinity()]))
     held, state, config = open_folder(with_length(config, len(images)), images, given, grow)
     stream = Stream(images, crop_of(config), config.seed, config.grown_at)
     stream[0]                                   # a folder without one readable image fails here
@@ -159,10 +163,11 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream, workers)
+    run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream)
     if state:
         load_run_state(run, state)
     with fail_together():
+        run.batches = open_loader(run, workers)
         if rank == 0:
             if config.probe:
                 run.probe = open_probe(config, device, dtype)
@@ -173,16 +178,6 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
             print("\n".join(filter(None, (start_lines(run), input_text))), flush=True)
             write_config(config, run.out)
     return run
-
-
-def open_loader(run: Run, signals: Signals) -> Loader:
-    config, device = run.config, run.device
-    positions = Positions(run.start, config.steps, config.batch_size, run.rank, run.world,
-                          config.micro_batch)
-    augment = Augment(Photometric(config.mean, config.std).to(device), layout(device))
-    workers = share_processors(run.workers, device)
-    return Loader(run.stream, positions, augment, device, workers, ignore_signals,
-                  interrupted=lambda: signals.seen is not None)
 
 
 # ------------------------------------------------------------------------------------ the program

@@ -10,8 +10,15 @@ The workers decode and cut; colours, blur and normalisation are computed for who
 device. On a CPU, where a step has one micro-batch, they are left to the workers too: these have
 time to spare, the computing threads have none.
 
+A micro-batch is fetched when it is asked for, so a step begins with its first one; that of the next
+step is fetched when this step's last one was taken. On CUDA it is copied on a stream of its own,
+while the device computes what it was given before.
+
 Shapes: B images of a micro-batch, N crops of one size, s pixels, P parameters of an augmentation.
 """
+import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,7 +29,10 @@ from torch.utils.data import DataLoader
 from data.stream import Fault, Positions, Stream, collate
 from multicrop import Photometric
 
-STUCK = 900                 # seconds without a batch from the workers, after which the run ends
+# seconds without a batch from the workers, after which the run ends: before the other ranks give up
+# waiting for this one (ranks.PATIENCE)
+STUCK = 600
+SHARED = "/dev/shm"         # Linux' shared memory, through which batches come from the workers
 
 
 class Augment:
@@ -56,31 +66,56 @@ class AugmentedCrops(Sequence):
         return self.augment(self.crops[i], self.params[i])
 
 
+class MicroBatches(Sequence):
+    """Those of a step, fetched one at a time when first asked for, and kept until the step ends.
+
+    fetch() -> the next one, on the device.  after(): called when all were taken, or taken again.
+    """
+
+    def __init__(self, count: int, fetch: Callable, after: Callable[[], None]):
+        self.count, self.fetch, self.after, self.fetched = count, fetch, after, []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Sequence[Tensor]:
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        while len(self.fetched) <= i:
+            self.fetched.append(self.fetch())
+        return self.fetched[i]
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        for i in range(self.count):
+            yield self[i]
+        self.after()
+
+
 class Loader:
     """Yields, for each step, its number and its micro-batches on the device.
 
     positions: of this rank, a micro-batch at a time.  workers: processes; 0: none, decode here.
     start_worker: called in each worker process first, with its number.
-    interrupted: after a micro-batch, whether to leave out those of the step that are left.
     faults: of images replaced so far; the reader empties the list.
     waited: seconds spent waiting for input; the reader sets it back to 0.
     """
 
     def __init__(self, stream: Stream, positions: Positions, augment: Augment, device: torch.device,
-                 workers: int = 0, start_worker: Callable[[int], None] | None = None,
-                 interrupted: Callable[[], bool] = lambda: False):
-        self.interrupted = interrupted
-        self.positions, self.augment, self.device = positions, augment, device
+                 workers: int = 0, start_worker: Callable[[int], None] | None = None):
+        self.stream, self.positions, self.augment, self.device = stream, positions, augment, device
         self.per_step = len(positions) // max(1, len(positions.steps))      # micro-batches
         self.in_workers = device.type == "cpu" and self.per_step == 1
+        self.workers, self.ahead = workers, prefetched(workers, self.per_step)
         self.loader = DataLoader(
             stream, batch_sampler=positions, num_workers=workers, worker_init_fn=start_worker,
             collate_fn=augment.collate if self.in_workers else collate,
+            prefetch_factor=self.ahead if workers else None,
             timeout=STUCK if workers else 0, pin_memory=device.type == "cuda")
-        self.faults, self.waited, self.batches = [], 0.0, None
+        self.faults, self.waited, self.batches, self.next = [], 0.0, None, None
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> "Loader":
-        self.batches = iter(self.loader)
+        self.batches, self.next = iter(self.loader), None
         return self
 
     def __exit__(self, *_) -> None:
@@ -90,23 +125,77 @@ class Loader:
             if worker.is_alive():
                 worker.kill()
 
-    def __iter__(self) -> Iterator[tuple[int, list[Sequence[Tensor]]]]:
+    def __iter__(self) -> Iterator[tuple[int, MicroBatches]]:
         for step in self.positions.steps:
-            start = time.perf_counter()
-            micro_batches = [self.next()]
-            while len(micro_batches) < self.per_step and not self.interrupted():
-                micro_batches.append(self.next())
-            self.waited += time.perf_counter() - start
+            micro_batches = MicroBatches(self.per_step, self.take, self.look_ahead)
             yield step, micro_batches
+            micro_batches[self.per_step - 1]        # those that were not asked for
 
-    def next(self) -> Sequence[Tensor]:
+    @property
+    def in_flight(self) -> float:
+        """Bytes of shared memory that batches take at most: those that are ready or being made, and
+        two that have arrived."""
+        numbers = sum(3 * spec.count * spec.size ** 2 for spec in self.stream.transform.specs)
+        batches = (self.workers * self.ahead + 2) * bool(self.workers)
+        return batches * self.positions.micro_batch * numbers * (4 if self.in_workers else 1)
+
+    def look_ahead(self) -> None:
+        """Fetch the next micro-batch, if there is one, and begin to copy it."""
+        if self.next is None:
+            start = time.perf_counter()
+            self.next = self.fetch()
+            self.waited += time.perf_counter() - start
+
+    def take(self) -> Sequence[Tensor]:
+        """The next micro-batch, for the stream on which the device computes."""
+        self.look_ahead()
+        (crops, params, faults), self.next = self.next, None
+        self.faults += faults
+        if self.copies:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self.copies)
+            for tensor in crops:
+                tensor.record_stream(computing)
+        return crops if self.in_workers else AugmentedCrops(crops, params, self.augment)
+
+    def fetch(self) -> tuple[list[Tensor], list[Tensor], list[Fault]] | None:
+        """Crops, on the device some time later, parameters, faults; None after the last step."""
         try:
             crops, params, faults = next(self.batches)
+        except StopIteration:
+            return None
+        except RuntimeError as error:
+            if "timed out" in str(error):
+                raise RuntimeError(f"DataLoader: no input for {STUCK / 60:g} minutes: a file "
+                                   "system that does not answer, or images that take this long"
+                                   ) from None
+            raise
         except (OSError, EOFError) as error:        # its tensors come through a socket of its own
             dead = [str(worker.pid) for worker in getattr(self.batches, "_workers", [])
                     if not worker.is_alive()]
             raise RuntimeError(f"DataLoader worker (pid {', '.join(dead)}) has died: {error}"
                                ) from None
-        self.faults += faults
-        crops = [c.to(self.device, non_blocking=True) for c in crops]
-        return crops if self.in_workers else AugmentedCrops(crops, params, self.augment)
+        with torch.cuda.stream(self.copies):        # None: where the device computes
+            return [c.to(self.device, non_blocking=True) for c in crops], params, faults
+
+
+# ------------------------------------------------------------------------------------ memory
+def prefetched(workers: int, per_step: int) -> int:
+    """Micro-batches that each worker has ready: two; of a step with many so many that all workers
+    together have a step's ready, for its first pass takes them faster than they are made."""
+    return max(2, math.ceil(per_step / max(1, workers)))
+
+
+def free_shared_memory() -> float:
+    """Bytes that a machine has left; inf where batches do not go through SHARED."""
+    return shutil.disk_usage(SHARED).free if os.path.isdir(SHARED) else math.inf
+
+
+def check_shared_memory(needed: float) -> None:
+    """needed: bytes, of all ranks of this machine. Raises ValueError where there are fewer; else
+    a worker would die of a bus error."""
+    if needed > (free := free_shared_memory()):
+        raise ValueError(f"the workers' batches need {needed / 1e6:,.0f} MB of shared memory, and "
+                         f"{SHARED} has {free / 1e6:,.0f} MB left: give it more (docker run "
+                         "--shm-size=16g, or --ipc=host), or use fewer --workers, or a smaller "
+                         "--micro-batch; --workers 0 needs none")

@@ -8,7 +8,9 @@ Environment variables are torchrun's: LOCAL_WORLD_SIZE, the ranks on this machin
 """
 import math
 import os
+import socket
 import sys
+from collections import Counter
 
 import torch
 
@@ -18,6 +20,7 @@ except ImportError:                      # Windows
     resource = None
 
 DEVICES = ("cuda", "mps", "cpu")
+_share = None                # processors of this rank, once share_machine was called
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -90,10 +93,30 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def affinity() -> tuple[str, set[int]]:
+    """This machine's name, and its processors that this process may use."""
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return socket.gethostname(), set(mine)
+
+
+def share_machine(affinities: list[tuple[str, set[int]]]) -> None:
+    """Tell `processors` who else is here. affinities: of all ranks."""
+    global _share
+    _share = share_of(affinity(), affinities)
+
+
+def share_of(mine: tuple[str, set[int]], affinities: list[tuple[str, set[int]]]) -> int:
+    """Number of processors of a rank; one that n ranks may use counts 1/n for each of them. So a
+    machine is divided once, whether or not ranks are bound to parts of it (torchrun
+    --numa-binding, SLURM, taskset)."""
+    machine, usable = mine
+    users = Counter(one for name, others in affinities if name == machine for one in others)
+    return max(1, int(sum(1 / users[one] for one in usable) + 1e-6))
+
+
 def processors() -> int:
     """Those this rank may use: its share of the machine's."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return _share or max(1, len(affinity()[1]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def count_workers(workers: int, device_type: str) -> int:

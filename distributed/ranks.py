@@ -1,6 +1,6 @@
 """Ranks: what the processes of a run tell one another. Each works in one process too.
 
-    init_process_group("nccl", timedelta(minutes=10))       # torchrun's ranks
+    init_process_group(device)                      # torchrun's ranks
     with fail_together():                                   # a ValueError of one is all ranks'
         images = open_images("photos/")
     stop, = all_reduce_max([stop], device)
@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weights.terminal import reason
+
+PATIENCE = timedelta(minutes=30)        # longer than the longest save, and than loader.STUCK
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -68,17 +70,31 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def all_reduce_max(values: list[float], device) -> list[float]:
-    """The largest of each value over all ranks, by one all-reduce."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    largest = torch.tensor([float(value) for value in values], device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
+def all_reduce_max(values: list[Tensor | float], device) -> list[float]:
+    """The largest of each value over all ranks, by one all-reduce. Values on the device are read by
+    the host in one go, the only time it waits."""
+    largest = torch.stack([value.float() if isinstance(value, Tensor) else
+                           torch.full((), value, dtype=torch.float32, device=device)
+                           for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.tolist()
 
 
-def init_process_group(backend: str, timeout: timedelta) -> None:
+def on_any_rank(flag: bool) -> bool:
+    """Whether it is so on a rank. The hosts tell one another, and wait for no device."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(flag, dtype=torch.int8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def init_process_group(device: torch.device, timeout: timedelta = PATIENCE) -> None:
     """The process group of torchrun's ranks; a rank waits no longer than timeout for the others.
+
+    On CUDA, tensors of the GPU go by NCCL; what the hosts tell one another goes by gloo, so that
+    they do not wait for their GPUs.
 
     After an elastic restart the ranks rendezvous afresh, under a name that the processes of this
     start alone share. torchrun keeps one store over its restarts, with the addresses of ranks that
@@ -102,5 +118,7 @@ def init_process_group(backend: str, timeout: timedelta) -> None:
             name, met = names[0], True
             store.set(f"{name}/{rank}", "here")
         time.sleep(0 if met else 0.05)
-    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank,
-                            world_size=world, timeout=timeout)
+    cuda = device.type == "cuda"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=world,
+                            store=dist.PrefixStore(name, store), timeout=timeout,
+                            device_id=device if cuda else None)

@@ -1,7 +1,7 @@
 """Monitor: what a run says while it trains: a progress bar or lines, log.jsonl, TensorBoard.
 
     print(start_lines(run))                                 # what is about to be trained
-    with Monitor(run, batches, saver) as monitor:
+    with Monitor(run, saver) as monitor:
         monitor.step(step, loss, outputs, verdict)
     print(usage(config, out))                               # how to use the trunk elsewhere
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from data.loader import Loader
+from data.loader import SHARED
 from distributed.hardware import peak_memory
 from distributed.ranks import gather_lists, mean_over_ranks
 from distributed.wrap import sync_group
@@ -40,10 +40,10 @@ MAX_BAD_SHARE = 0.1         # of the images read so far; above it the run ends
 class Monitor:
     """Everything that a run says and writes while it trains, but its checkpoints.
 
-    batches, saver: of the run; their faults, waiting time and errors are reported."""
+    saver: of the run; its errors are reported."""
 
-    def __init__(self, run: Run, batches: Loader, saver: Saver):
-        self.run, self.batches, self.saver = run, batches, saver
+    def __init__(self, run: Run, saver: Saver):
+        self.run, self.batches, self.saver = run, run.batches, saver
         config, self.main = run.config, run.rank == 0
         self.log = Log(run.out / "log.jsonl", run.start) if self.main else None
         self.board = board(run.out, run.start) if self.main else None
@@ -118,7 +118,11 @@ class Monitor:
 
 def start_lines(run: Run) -> str:
     """What is about to be trained, on what."""
-    config, world, count = run.config, run.world, len(run.stream.images)
+    config, world, count, batches = run.config, run.world, len(run.stream.images), run.batches
+    ahead = (f", each {batches.ahead} micro-batches ahead, in {batches.in_flight / 1e6:,.0f} MB of "
+             "shared memory" if batches.workers else "")
+    if batches.workers == 0 and config.workers < 0:
+        ahead = f", for which {SHARED} is too small"
     takes = ""
     if run.device.type != "cpu" and config.recipe not in ("demo", "small"):     # these: minutes
         takes = f", {expected_time(config, run.dtype, world)}"
@@ -140,7 +144,7 @@ def start_lines(run: Run) -> str:
             f"{run.device}, {str(run.dtype).removeprefix('torch.')}"
             + "; activation checkpointing" * bool(config.checkpoint_activations)
             + "; compiled: the first step takes its time" * config.compile
-            + norms + f"; run folder {config.out}"
+            + norms + f"; {batches.workers} workers{ahead}; run folder {config.out}"
             + (f"; resumed after step {run.start}" if run.start else "")
             + "".join(f"\n{event}" for event in run.pending["events"]))
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distributed.ranks import all_reduce_max
+from distributed.ranks import all_reduce_max, on_any_rank
 from training.run import Run
 from training.signals import Signals, StepDropped, Stop
 
@@ -48,30 +48,32 @@ class Rollback:
 
     def watched(self, micro_batches: Sequence) -> Sequence:
         """Of a step with several: raises StepDropped before each of them once a signal has come,
-        to this rank or to another. note: each is a collective."""
+        to this rank or to another. note: each is a collective, of the hosts alone."""
         def signalled():
-            return all_reduce_max([self.signals.seen is not None], self.run.device)[0]
+            return on_any_rank(self.signals.seen is not None)
         return Watched(micro_batches, signalled) if self.per_step > 1 else micro_batches
 
     def vote(self, step: int, loss: Tensor, outputs: tuple[Tensor, ...],
              save: bool = False) -> Verdict:
-        """Whether a step counts; save: whether this rank finds that it is time to. note: a sync
-        point and, with several ranks, a collective."""
+        """Whether a step counts; save: whether this rank finds that it is time to. note: the one
+        sync point of a step (float16's scaler has another), and a collective."""
         run, self.step = self.run, step
         loss_finite, outputs_finite, gradients_finite = all_finite(loss, outputs[0], run.method)
-        # a scale that is too large for float16 is no fault: the scaler lowers it
-        overflow = (loss_finite and not gradients_finite and run.scaler.is_enabled()
-                    and run.scaler.get_scale() > 1)
-        finite = loss_finite and outputs_finite and (gradients_finite or overflow)
         # a rank with outputs that are not finite spoils the codes of all ranks: its number is told
-        origin = 0 if outputs_finite else run.world - run.rank
-        stop, bad, overflow, self.origin, save = all_reduce_max(
-            [self.signals.seen is not None, not finite, overflow, origin, save], run.device)
+        origin = ~outputs_finite * (run.world - run.rank)
+        lost, self.origin, spoiled, stop, save = all_reduce_max(
+            [~loss_finite, origin, ~gradients_finite, self.signals.seen is not None, save],
+            run.device)
+        lost = lost or self.origin
+        # a scale that is too large for float16 is no fault: the scaler lowers it
+        overflow = (spoiled and not lost and run.scaler.is_enabled()
+                    and run.scaler.get_scale() > 1)
+        bad = bool(lost or spoiled) and not overflow
         if not (bad or overflow):
             run.pending["in_a_row"] = 0
-        run.pending["skipped"] += bool(bad)
-        run.pending["in_a_row"] += bool(bad)
-        return Verdict(not (bad or overflow), bool(bad), bool(stop), bool(save))
+        run.pending["skipped"] += bad
+        run.pending["in_a_row"] += bad
+        return Verdict(not (bad or overflow), bad, bool(stop), bool(save))
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -89,7 +91,7 @@ class Rollback:
 class Watched:
     """The micro-batches of a step, which end with StepDropped where `signalled()` says so."""
 
-    def __init__(self, micro_batches: Sequence, signalled: Callable[[], float]):
+    def __init__(self, micro_batches: Sequence, signalled: Callable[[], bool]):
         self.micro_batches, self.signalled = micro_batches, signalled
 
     def __len__(self) -> int:
@@ -118,8 +120,8 @@ class NotFinite(Stop):
         return f"{super().__str__()}; {kept} a lower --lr, or --precision fp32"
 
 
-def all_finite(loss: Tensor, outputs: Tensor, model: nn.Module) -> list[bool]:
-    """Whether a step's loss, outputs and gradients are finite. note: a sync point."""
+def all_finite(loss: Tensor, outputs: Tensor, model: nn.Module) -> list[Tensor]:
+    """Whether a step's loss, outputs and gradients are finite: scalars, on the device."""
     norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()
                                              if p.grad is not None]))
-    return torch.stack([x.isfinite().all() for x in (loss, outputs, norms)]).tolist()
+    return [x.isfinite().all() for x in (loss, outputs, norms)]

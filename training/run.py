@@ -2,16 +2,22 @@
 
     run = Run(method, wrapped, device, dtype, scaler)       # enough for train.step_gradients
 """
+import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data.stream import Stream
+from data.loader import Augment, Loader, check_shared_memory, free_shared_memory
+from data.stream import Positions, Stream
+from distributed.hardware import layout, share_processors
 from distributed.ranks import rank_and_world
 from evaluation.probe import Probe
+from multicrop import Photometric
 from recipes.config import Config
+from training.signals import ignore_signals
 
 
 @dataclass
@@ -25,7 +31,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     config: Config | None = None
     stream: Stream | None = None
-    workers: int = -1                   # decoding processes of this rank
+    batches: Loader | None = None
     probe: Probe | None = None
     start: int = 0                      # steps done before
     saved: int | None = None            # step of an undamaged checkpoint.pt
@@ -40,3 +46,20 @@ class Run:
     @property
     def out(self) -> Path:
         return Path(self.config.out)
+
+
+def open_loader(run: Run, workers: int) -> Loader:
+    """Raises ValueError where there is too little shared memory for the workers; on a CPU, if their
+    number was not asked for, there are none then."""
+    config, device = run.config, run.device
+    positions = Positions(run.start, config.steps, config.batch_size, run.rank, run.world,
+                          config.micro_batch)
+    augment = Augment(Photometric(config.mean, config.std).to(device), layout(device))
+    new = partial(Loader, run.stream, positions, augment, device, start_worker=ignore_signals)
+    loader = new(share_processors(workers, device))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))          # of this machine
+    if (device.type == "cpu" and config.workers < 0
+            and loader.in_flight * ranks > free_shared_memory()):
+        loader = new(0)
+    check_shared_memory(loader.in_flight * ranks)
+    return loader

@@ -115,7 +115,7 @@ def test_both_passes_see_the_same_augmented_crops():
 def test_steps_and_micro_batches_are_the_streams(micro_batch, number):
     stream = stream_of()
     with loader_of(stream, micro_batch) as batches:
-        steps = list(batches)
+        steps = [(step, list(micro_batches)) for step, micro_batches in batches]
     assert [step for step, _ in steps] == [2, 3, 4] and batches.per_step == number
     for step, micro_batches in steps:
         assert len(micro_batches) == number
@@ -173,7 +173,8 @@ def test_faults_are_gathered_in_the_order_of_the_stream(workers, micro_batch):
     expected = [fault for position in range(16, 40) for fault in stream[position][2]]
     with loader_of(stream, micro_batch, workers=workers) as batches:
         taken = []
-        for step, _ in batches:
+        for step, micro_batches in batches:
+            list(micro_batches)
             taken += batches.faults
             batches.faults = []             # as who reads them does
             so_far = [f for p in range(16, 8 * step + 8) for f in stream[p][2]]
@@ -185,7 +186,7 @@ def test_faults_are_gathered_in_the_order_of_the_stream(workers, micro_batch):
 def test_images_that_cannot_be_read_at_all_end_the_loop(workers):
     with pytest.raises(NoReadableImage, match="no readable image"), \
             loader_of(stream_of(5, range(5)), workers=workers) as batches:
-        next(iter(batches))
+        list(batches)
 
 
 class Slow(Memory):
@@ -201,7 +202,8 @@ def test_the_time_spent_waiting_for_input_is_counted_and_no_other(workers):
     stream = Stream(Slow(20), MultiCrop(parse_crops("2x16")), seed=1)
     with loader_of(stream, workers=workers) as batches:
         begin, waited = time.perf_counter(), []
-        for _ in batches:
+        for _, micro_batches in batches:
+            micro_batches[0]
             waited.append(batches.waited)
             batches.waited = 0.0            # as who reads it does
             time.sleep(0.1)
@@ -212,7 +214,8 @@ def test_the_time_spent_waiting_for_input_is_counted_and_no_other(workers):
 
 def test_the_time_spent_waiting_adds_up_until_it_is_read():
     with loader_of(Stream(Slow(20), MultiCrop(parse_crops("2x16")), seed=1)) as batches:
-        for step, _ in batches:
+        for step, micro_batches in batches:
+            micro_batches[0]
             assert batches.waited >= (step - 1) * 8 * 0.02          # the first step is 2
 
 
