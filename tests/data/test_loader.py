@@ -7,13 +7,16 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from data import loader
 from data.images import open_images
-from data.loader import Augment, AugmentedCrops, Loader
+from data.loader import STUCK, Augment, AugmentedCrops, Loader, check_shared_memory, prefetched
 from data.stream import NoReadableImage, Positions, Stream, collate
+from distributed.ranks import PATIENCE
 from methods.build import build_method
 from multicrop import MultiCrop, Photometric, parse_crops
 from recipes.command_line import configure
@@ -140,6 +143,69 @@ def test_both_ways_of_augmenting_give_the_same_crops(workers):
             for ours, theirs in zip(crops, joined(micro_batches), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert whole.faults == parts.faults and whole.faults
+
+
+def test_a_micro_batch_is_fetched_when_it_is_asked_for_and_the_next_steps_first_one_ahead():
+    fetched = []
+    with loader_of(micro_batch=2) as batches:
+        fetch = batches.fetch
+        batches.fetch = lambda: fetched.append(len(fetched)) or fetch()
+        for number, (_, micro_batches) in enumerate(batches):
+            before = 4 * number + bool(number)              # the first step begins with nothing
+            assert len(fetched) == before
+            for i, _ in enumerate(micro_batches):           # the pass for the codes
+                assert len(fetched) == max(before, 4 * number + i + 1)
+            first = micro_batches[0].crops
+            ahead = 4 * (number + 1) + 1
+            assert len(fetched) == ahead
+            again = list(micro_batches)                     # the pass with gradient: the same ones
+            assert len(fetched) == ahead + (number == 2) and again[0].crops is first
+        assert number == 2 and batches.next is None         # the last two times nothing was left
+
+
+def test_micro_batches_that_are_not_taken_belong_to_their_step():
+    with loader_of(micro_batch=2) as whole, loader_of(micro_batch=2) as part:
+        for (_, all_four), (_, some) in zip(whole, part, strict=True):
+            assert equal(list(all_four[0]), list(some[0]))
+            list(all_four)
+
+
+def test_a_fault_counts_when_its_micro_batch_is_taken():
+    """A checkpoint between two steps does not count what was read ahead."""
+    with loader_of(stream_of(broken=[3, 4, 5]), micro_batch=2) as batches:
+        for step, micro_batches in batches:
+            list(micro_batches)
+            expected = [f for p in range(16, 8 * step + 8) for f in batches.stream[p][2]]
+            assert batches.faults == expected
+
+
+@pytest.mark.parametrize("workers, per_step, ahead", [(8, 1, 2), (8, 16, 2), (8, 17, 3),
+                                                      (2, 32, 16), (0, 4, 4)])
+def test_the_workers_have_a_steps_micro_batches_ready(workers, per_step, ahead):
+    assert prefetched(workers, per_step) == ahead
+
+
+def test_shared_memory_is_stated_and_a_lack_of_it_is_one_sentence(monkeypatch):
+    pixels = 3 * (2 * 48 ** 2 + 3 * 32 ** 2)
+    assert loader_of(workers=2).in_flight == (2 * 2 + 2) * 8 * pixels * 4           # augmented
+    assert loader_of(workers=2, micro_batch=2).in_flight == (2 * 2 + 2) * 2 * pixels
+    assert loader_of().in_flight == 0
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda _: SimpleNamespace(free=64e6))
+    monkeypatch.setattr(loader.os.path, "isdir", lambda _: True)
+    check_shared_memory(64e6)
+    with pytest.raises(ValueError, match="need 65 MB .* has 64 MB left: .*docker run --shm-size"):
+        check_shared_memory(65e6)
+
+
+def test_input_that_stalls_is_a_sentence_before_the_other_ranks_give_up(tmp_path, monkeypatch):
+    assert STUCK < PATIENCE.total_seconds() / 2
+    monkeypatch.setattr(loader, "STUCK", 1)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)    # seconds
+    stream = Stream(Stuck(20, tmp_path), MultiCrop(parse_crops("2x16")), 1)
+    with pytest.raises(RuntimeError, match="DataLoader: no input for .* does not answer"), \
+            loader_of(stream, workers=1, steps=(0, 500)) as batches:
+        for _, micro_batches in batches:
+            list(micro_batches)
 
 
 def test_ranks_share_the_batch():
