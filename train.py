@@ -34,7 +34,7 @@ from data.demo import DemoImages
 from data.images import open_images
 from data.loader import Augment, Loader
 from data.stream import NoReadableImage, Positions, Stream
-from distributed.hardware import autocast, layout, pick_device, pick_precision, share_processors
+from distributed.hardware import autocast, layout, pick_device, pick_precision
 from distributed.ranks import barrier, fail_together, init_process_group, rank_and_world
 from distributed.step import frozen_statistics, sync_gradients
 from distributed.wrap import check_compiler, wrap
@@ -47,6 +47,7 @@ from multicrop import Photometric
 from recipes.command_line import configure, explain, parse_arguments, split_arguments
 from recipes.config import Config, with_length
 from recipes.input import crop_of, settle
+from recipes.machine import choose
 from training.checkpoint import Saver, keep_products, load_run_state, start_from
 from training.monitor import Monitor, start_lines, usage
 from training.plan import fit_ranks, plan_of
@@ -144,9 +145,9 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
     held, state, config = open_folder(with_length(config, len(images)), images, given, grow)
     stream = Stream(images, crop_of(config), config.seed, config.grown_at)
     stream[0]                                   # a folder without one readable image fails here
+    config, machine_text = choose(fit_ranks(config, device, dtype), device, dtype)
     config, stream.images, workers, input_text = settle(config, images, device.type, world,
                                                         state and state["step"])
-    config = fit_ranks(config, device, dtype)
 
     method = build_method(config, device, world)
     if config.init and not state:
@@ -155,7 +156,7 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
         with fail_together():
             check_compiler(device)
     wrapped = wrap(method, device, config.sync_bn_group, config.checkpoint_activations,
-                   config.compile)
+                   config.compile, config.channels_last, config.pad_widths)
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -170,7 +171,7 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
             run.lock = held or lock(run.out)
             if state:
                 keep_products(run)
-            print("\n".join(filter(None, (start_lines(run), input_text))), flush=True)
+            print("\n".join(filter(None, (start_lines(run), machine_text, input_text))), flush=True)
             write_config(config, run.out)
     return run
 
@@ -179,9 +180,9 @@ def open_loader(run: Run, signals: Signals) -> Loader:
     config, device = run.config, run.device
     positions = Positions(run.start, config.steps, config.batch_size, run.rank, run.world,
                           config.micro_batch)
-    augment = Augment(Photometric(config.mean, config.std).to(device), layout(device))
-    workers = share_processors(run.workers, device)
-    return Loader(run.stream, positions, augment, device, workers, ignore_signals,
+    augment = Augment(Photometric(config.mean, config.std).to(device),
+                      layout(device, config.channels_last))
+    return Loader(run.stream, positions, augment, device, run.workers, ignore_signals,
                   interrupted=lambda: signals.seen is not None)
 
 

@@ -2,7 +2,7 @@
 
     device = pick_device("", local_rank=0)          # "": the best one here
     dtype = pick_precision("auto", device)          # bf16 where the device computes in it
-    workers = share_processors(-1, device)          # decoding processes of this rank
+    workers = count_workers(-1, device.type)        # decoding processes of this rank
 
 Environment variables are torchrun's: LOCAL_WORLD_SIZE, the ranks on this machine.
 """
@@ -104,15 +104,3 @@ def count_workers(workers: int, device_type: str) -> int:
     if workers >= 0:
         return workers
     return max(1, processors() // 4) if device_type == "cpu" else processors()
-
-
-def share_processors(workers: int, device: torch.device) -> int:
-    """count_workers; on a CPU they and the computing threads share its processors, one to three.
-
-    With more threads than processors, oneDNN's backward convolutions, which wait by spinning, took
-    7 s instead of 0.5 s a step. The number of threads does not depend on `workers`, for sums are
-    rounded otherwise with another number.
-    """
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, processors() - count_workers(-1, "cpu")))
-    return count_workers(workers, device.type)

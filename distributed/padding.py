@@ -1,7 +1,7 @@
 """Padding: a RegNet's odd widths, computed as multiples of 8, by the same parameters.
 
     pad(trunk)                          # RegNetY-256GF: groups of 373 channels are computed as 376
-    odd_widths(trunk)                   # [Width(groups=2, channels=373), ...], of the stages
+    odd_widths(trunk.params)            # [Width(groups=2, channels=373), ...], of the stages
 
 Matrix units read rows of 16 bytes, which 8 numbers of 16 bits fill. SEER's two largest networks
 (arXiv 2202.08360) have groups of 373 and 1010 channels, and stages of 746, 1492, 4103 and 10444, or
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from regnet import Block, RegNet
+from regnet import Block, RegNet, RegNetParams
 
 MULTIPLE = 8
 
@@ -103,22 +103,23 @@ class PaddedBlock(Block):
         return tensor
 
 
-def stage_widths(trunk: nn.Module) -> list[Width]:
-    """Of each stage of a RegNet; of another trunk none."""
-    return ([Width(stage.width // stage.group_width, stage.group_width)
-             for stage in trunk.params.stages()] if isinstance(trunk, RegNet) else [])
+def widths(params: RegNetParams) -> list[Width]:
+    """Of each stage."""
+    return [Width(stage.width // stage.group_width, stage.group_width)
+            for stage in params.stages()]
 
 
-def odd_widths(trunk: nn.Module) -> list[Width]:
+def odd_widths(params: RegNetParams) -> list[Width]:
     """Of the stages that `pad` changes."""
-    return [width for width in stage_widths(trunk) if width.odd]
+    return [width for width in widths(params) if width.odd]
 
 
 def pad(trunk: nn.Module) -> None:
-    """Make the blocks of a RegNet that have odd widths PaddedBlocks; of another trunk none."""
-    widths = stage_widths(trunk)
+    """Make the blocks of a RegNet that have odd widths PaddedBlocks. Another trunk stays."""
+    if not isinstance(trunk, RegNet):
+        return
     before = Width(1, MULTIPLE)                 # the stem's output is taken as it is
-    for stage, after in zip(trunk.trunk_output if widths else (), widths):
+    for stage, after in zip(trunk.trunk_output, widths(trunk.params)):
         last = len(stage) - 1
         for i, (name, block) in enumerate(list(stage.named_children())):
             width = before if i == 0 else after
