@@ -51,6 +51,7 @@ from methods.build import build_method
 from recipes.command_line import configure, explain, parse_arguments, split_arguments
 from recipes.config import Config, with_length
 from recipes.input import crop_of, settle
+from recipes.machine import choose
 from training.checkpoint import Saver, keep_products, load_run_state, start_from
 from training.monitor import Monitor, start_lines, usage
 from training.plan import fit_ranks, plan_of
@@ -148,9 +149,9 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
     held, state, config = open_folder(with_length(config, len(images)), images, given, grow)
     stream = Stream(images, crop_of(config), config.seed, config.grown_at)
     stream[0]                                   # a folder without one readable image fails here
+    config, machine_text = choose(fit_ranks(config, device, dtype), device, dtype)
     config, stream.images, workers, input_text = settle(config, images, device.type, world,
                                                         state and state["step"])
-    config = fit_ranks(config, device, dtype)
 
     method = build_method(config, device, world)
     if config.init and not state:
@@ -159,7 +160,7 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
         with fail_together():
             check_compiler(device)
     wrapped = wrap(method, device, config.sync_bn_group, config.checkpoint_activations,
-                   config.compile)
+                   config.compile, config.channels_last, config.pad_widths)
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -175,7 +176,7 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
             run.lock = held or lock(run.out)
             if state:
                 keep_products(run)
-            print("\n".join(filter(None, (start_lines(run), input_text))), flush=True)
+            print("\n".join(filter(None, (start_lines(run), machine_text, input_text))), flush=True)
             write_config(config, run.out)
     return run
 

@@ -53,13 +53,14 @@ def product_step(config: Config, device: torch.device, dtype: torch.dtype,
     """A step of train.py on random crops. Returns step(clock), which times PARTS: forward is
     without the augmentation of its crops, backward is all else of step_gradients."""
     method = build_method(config, device, rank_and_world()[1])
-    wrapped = wrap(method, device, config.sync_bn_group, checkpoint_activations, compiled)
+    wrapped = wrap(method, device, config.sync_bn_group, checkpoint_activations, compiled,
+                   config.channels_last, bool(config.pad_widths))
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(method, wrapped, device, dtype, scaler)
     crops, params = random_crops(config, device), random_params(config)
-    augment = Augment(Photometric().to(device), layout(device))
+    augment = Augment(Photometric().to(device), layout(device, config.channels_last))
     forward, targets = wrapped.forward, method.targets
 
     def update():

@@ -2,7 +2,7 @@
 
     device = pick_device("", local_rank=0)          # "": the best one here
     dtype = pick_precision("auto", device)          # bf16 where the device computes in it
-    workers = share_processors(-1, device)          # decoding processes of this rank
+    workers = count_workers(-1, device.type)        # decoding processes of this rank
 
 Environment variables are torchrun's: LOCAL_WORLD_SIZE, the ranks on this machine.
 """
@@ -65,9 +65,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def layout(device: torch.device) -> torch.memory_format:
-    """Channels-last is 1.2 to 1.4 times as fast on a CPU; on a GPU nothing was measured."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+def layout(device: torch.device, channels_last: bool | None = None) -> torch.memory_format:
+    """None: channels-last on a CPU, where it is 1.2 to 1.4 times as fast; a run measures which is
+    the faster one (recipes/machine.py)."""
+    if channels_last is None:
+        channels_last = device.type == "cpu"
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def memory_of(device: torch.device) -> float:
@@ -124,15 +127,3 @@ def count_workers(workers: int, device_type: str) -> int:
     if workers >= 0:
         return workers
     return max(1, processors() // 4) if device_type == "cpu" else processors()
-
-
-def share_processors(workers: int, device: torch.device) -> int:
-    """count_workers; on a CPU they and the computing threads share its processors, one to three.
-
-    With more threads than processors, oneDNN's backward convolutions, which wait by spinning, took
-    7 s instead of 0.5 s a step. The number of threads does not depend on `workers`, for sums are
-    rounded otherwise with another number.
-    """
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, processors() - count_workers(-1, "cpu")))
-    return count_workers(workers, device.type)

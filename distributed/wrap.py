@@ -1,4 +1,4 @@
-"""Wrap: SyncBatchNorm, activation checkpointing, layout, compiling and DDP, from outside the model.
+"""Wrap: SyncBatchNorm, padding, activation checkpointing, layout, compiling, DDP, from outside.
 
     model = SwAV(build_trunk("regnety_16gf"), head_bn=True).to(device)
     wrapped = wrap(model, device, checkpoint_activations=True, sync_bn_group=32)
@@ -19,19 +19,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from distributed.hardware import layout
+from distributed.padding import pad
 from distributed.sync_bn import convert
 from regnet import Block
 
 
 def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
-         checkpoint_activations: bool = False, compiled: bool = False) -> nn.Module:
+         checkpoint_activations: bool = False, compiled: bool = False,
+         channels_last: bool | None = None, pad_widths: bool = False) -> nn.Module:
     """Everything that is done to a built model from outside, in this order:
 
     1. SyncBatchNorm over groups of ranks: replaces BatchNorm modules, so it comes first;
-    2. activation checkpointing: replaces the stages, with the modules that are in them by then;
-    3. memory layout: of all weights;
-    4. compiling: of the trunk as it is by then, so that checkpointing is inside the graph;
-    5. DDP: last, for it takes the parameters as it finds them.
+    2. padding of odd widths: replaces the blocks, with the modules that are in them by then;
+    3. activation checkpointing: replaces the stages, so that a block is padded again in backward;
+    4. memory layout: of the trunk's weights, for those of a linear layer have but one;
+    5. compiling: of the trunk as it is by then, so that checkpointing is inside the graph;
+    6. DDP: last, for it takes the parameters as it finds them.
 
     No parameter's name changes. `model`, which has a .trunk, is changed in place; its state dict
     and its passes without gradient stay in use. What is returned is for passes with gradient.
@@ -40,9 +43,7 @@ def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
     group = sync_group(sync_bn_group, ranks)
     if group > 1:
         convert(model, dist.new_subgroups(group)[0])    # its collectives do not wait for DDP's
-    if checkpoint_activations:
-        checkpoint_stages(model.trunk)
-    model.to(memory_format=layout(device))
+    arrange(model.trunk, device, checkpoint_activations, channels_last, pad_widths)
     if compiled:
         compile_trunk(model.trunk)
     if ranks == 1:
@@ -52,6 +53,16 @@ def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
                                        broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def arrange(trunk: nn.Module, device: torch.device, checkpoint_activations: bool,
+            channels_last: bool | None, pad_widths: bool) -> None:
+    """Padding, activation checkpointing and memory layout of a trunk, in place."""
+    if pad_widths:
+        pad(trunk)
+    if checkpoint_activations:
+        checkpoint_stages(trunk)
+    trunk.to(memory_format=layout(device, channels_last))
 
 
 def sync_group(wanted: int, ranks: int) -> int:

@@ -131,6 +131,17 @@ class Config:
         None, "activation checkpointing of each block; None: where memory is short without it")
     compile: bool = option(False, "compile the trunk, one graph per crop size: a minute or more "
                            "before the first step (docs/speed.md: where it pays)")
+    channels_last: bool | None = option(
+        None, "memory layout: channels-last, or contiguous; None: the faster one, measured at the "
+        "start of the run (docs/speed.md)")
+    pad_widths: bool | None = option(
+        None, "compute odd widths, as those of the 256GF and 10B, as multiples of 8 "
+        "(distributed/padding.py); None: on CUDA, where that is measured to be faster")
+    cudnn_benchmark: bool | None = option(
+        None, "cuDNN times its algorithms for each shape (torch.backends.cudnn.benchmark); None: "
+        "on CUDA, where that is measured to be faster")
+    threads: int = option(0, "computing threads of a rank on a CPU; sums round by it, so the run "
+                          "keeps it; 0: its processors", 0, 1024)
     sync_bn_group: int = option(0, "ranks that share BatchNorm's statistics (SEER: 64); 0: none", 0,
                                 100_000)
     precision: str = option("auto", "auto: bf16 where the device is made for it, else fp32",

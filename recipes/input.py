@@ -8,6 +8,7 @@ Shrinking changes the pixels, so it is decided once a run, by rank 0, and kept i
 (`shrink`). Where shrunk images are stored (`cache`), and the number of workers, change nothing but
 the speed.
 """
+import math
 import os
 import shutil
 import time
@@ -26,7 +27,6 @@ from distributed.hardware import (
     layout,
     pick_precision,
     processors,
-    share_processors,
 )
 from distributed.ranks import fail_together, gather_lists, is_main
 from methods.build import build_method
@@ -212,12 +212,13 @@ def computing(config: Config) -> float:
     device, flops = torch.device("cpu"), training_flops(config.arch, config.crops)
     if flops > LONG:
         return flops / (CPU_TFLOPS * UTILISATION * 1e12) * processors()
-    share_processors(-1, device)
+    torch.set_num_threads(config.threads or processors())
     trunk = build_method(config, "meta").trunk.to_empty(device=device).eval()
-    trunk.to(memory_format=layout(device))
+    form = layout(device, config.channels_last)
+    trunk.to(memory_format=form)
     for tensor in trunk.state_dict().values():
         tensor.zero_()
-    crops = [torch.zeros(2 * spec.count, 3, spec.size, spec.size).to(memory_format=layout(device))
+    crops = [torch.zeros(2 * spec.count, 3, spec.size, spec.size).to(memory_format=form)
              for spec in config.crops]
     with torch.no_grad(), autocast(device, pick_precision(config.precision, device)):
         for _ in range(2):                              # the first time prepares
@@ -230,9 +231,8 @@ def computing(config: Config) -> float:
 
 def balance(decoding: float, computing: float) -> int:
     """Workers of a rank on a CPU, from processor-seconds an image: their part of the work, of all
-    processors; at least the quarter that the computing threads leave (hardware.py)."""
-    share = round(processors() * decoding / (decoding + computing))
-    return max(share, count_workers(-1, "cpu"))
+    processors, rounded up. The computing threads wait while workers have their processors."""
+    return max(1, math.ceil(processors() * decoding / (decoding + computing)))
 
 
 def describe(config: Config, images, side: int, speed: Speed, workers: int,

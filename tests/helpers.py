@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 ORACLES = ROOT / "tests" / "oracles"
 SMALL = ["--arch=regnety_100mf", "--recipe=demo", "--crops=2x32+2x16", "--head=32-16",
          "--prototypes=12", "--batch-size=4", "--workers=0", "--log-every=1", "--precision=fp32",
-         "--device=cpu"]
+         "--device=cpu", "--channels-last", "--threads=1"]
 
 
 def write_pictures(folder, count, suffix=".png", size=(24, 20)):

@@ -12,7 +12,7 @@ from torch import nn
 
 from data.loader import Augment, Loader, check_shared_memory, free_shared_memory
 from data.stream import Positions, Stream
-from distributed.hardware import layout, share_processors
+from distributed.hardware import count_workers, layout
 from distributed.ranks import rank_and_world
 from evaluation.probe import Probe
 from multicrop import Photometric
@@ -54,9 +54,10 @@ def open_loader(run: Run, workers: int) -> Loader:
     config, device = run.config, run.device
     positions = Positions(run.start, config.steps, config.batch_size, run.rank, run.world,
                           config.micro_batch)
-    augment = Augment(Photometric(config.mean, config.std).to(device), layout(device))
+    augment = Augment(Photometric(config.mean, config.std).to(device),
+                      layout(device, config.channels_last))
     new = partial(Loader, run.stream, positions, augment, device, start_worker=ignore_signals)
-    loader = new(share_processors(workers, device))
+    loader = new(count_workers(workers, device.type))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))          # of this machine
     if (device.type == "cpu" and config.workers < 0
             and loader.in_flight * ranks > free_shared_memory()):

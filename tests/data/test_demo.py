@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from data.demo import DemoImages
 from data.stream import Positions, Stream, collate
-from distributed.hardware import autocast, pick_precision, share_processors
+from distributed.hardware import autocast, count_workers, pick_precision
 from evaluation.features import CenterCrops, extract
 from evaluation.knn import knn, knn_top1
 from evaluation.linear import linear_probe
@@ -97,7 +97,7 @@ def test_labels_make_them_easy():
     trunk = RegNet(ARCHS["regnety_100mf"])
     model = torch.nn.Sequential(trunk, torch.nn.Linear(trunk.num_features, len(TRAIN.classes)))
     model = model.to(memory_format=torch.channels_last)
-    dtype, workers = pick_precision("auto", CPU), share_processors(-1, CPU)
+    dtype, workers = pick_precision("auto", CPU), count_workers(-1, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     crop = MultiCrop(parse_crops("1x64@0.4-1"), 0.2, gray=0.0, blur=0.0)
     stream, photometric = Stream(TRAIN, crop, seed=0), Photometric()

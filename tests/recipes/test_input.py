@@ -102,12 +102,10 @@ def test_larger_crops_take_longer_to_compute():
 
 
 @pytest.mark.parametrize("decoding, computing, workers", [
-    (0.01, 0.01, 8), (0.03, 0.01, 12), (1.0, 0.0, 16), (0.0, 1.0, 4), (0.01, 0.02, 5)])
+    (0.01, 0.01, 8), (0.03, 0.01, 12), (1.0, 0.0, 16), (0.0, 1.0, 1), (0.01, 0.02, 6)])
 def test_workers_are_in_proportion_to_what_they_do(monkeypatch, decoding, computing, workers):
-    """And at least the quarter that computing leaves."""
-    for module in (recipes_input, recipes_input.count_workers.__globals__):
-        target = module if isinstance(module, dict) else vars(module)
-        monkeypatch.setitem(target, "processors", lambda: 16)
+    """Of 16 processors, all of which compute; at least one."""
+    monkeypatch.setattr(recipes_input, "processors", lambda: 16)
     assert balance(decoding, computing) == workers
 
 

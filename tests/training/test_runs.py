@@ -16,7 +16,6 @@ import train
 from data.images import open_images
 from data.stream import Stream, collate
 from distributed import wrap
-from distributed.hardware import share_processors
 from evaluation.task import load_trunk
 from figures.sheets import Row, Tile, crop_names, layout, views_caption
 from larc import LARC
@@ -123,7 +122,6 @@ def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
     options = ["--steps=4", "--lr=300", "--seed=2", *options]
     run(photos, tmp_path / "run", *options)
     config = with_length(configure(parse_arguments([*SMALL, *options])), 30)
-    share_processors(-1, torch.device("cpu"))       # as many threads: sums round alike
     model = build_method(config).to(memory_format=torch.channels_last)
     optimizer = LARC(model.parameters(), 0.0, config.momentum, config.weight_decay,
                      config.trust_coefficient)
