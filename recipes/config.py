@@ -131,6 +131,8 @@ class Config:
         None, "activation checkpointing of each block; None: where memory is short without it")
     compile: bool = option(False, "compile the trunk, one graph per crop size: a minute or more "
                            "before the first step (docs/speed.md: where it pays)")
+    compress_gradients: bool = option(False, "send gradients between ranks as bf16: half the "
+                                      "bytes, each rounded to 8 bits")
     sync_bn_group: int = option(0, "ranks that share BatchNorm's statistics (SEER: 64); 0: none", 0,
                                 100_000)
     precision: str = option("auto", "auto: bf16 where the device is made for it, else fp32",

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distributed.ranks import all_reduce_max
+from larc import norms
 from training.run import Run
 from training.signals import Signals, StepDropped, Stop
 
@@ -32,6 +33,7 @@ class Verdict(NamedTuple):
     bad: bool                   # not finite, and float16's loss scale is not the cause
     stop: bool                  # a signal came, to this rank or to another
     save: bool = False          # it is time to save
+    gradient_norms: Tensor | None = None    # of this rank, for the optimizer: larc.norms
 
 
 class Rollback:
@@ -58,7 +60,8 @@ class Rollback:
         """Whether a step counts; save: whether this rank finds that it is time to. note: a sync
         point and, with several ranks, a collective."""
         run, self.step = self.run, step
-        loss_finite, outputs_finite, gradients_finite = all_finite(loss, outputs[0], run.method)
+        gradient_norms = norms([p.grad for p in run.method.parameters() if p.grad is not None])
+        loss_finite, outputs_finite, gradients_finite = all_finite(loss, outputs[0], gradient_norms)
         # a scale that is too large for float16 is no fault: the scaler lowers it
         overflow = (loss_finite and not gradients_finite and run.scaler.is_enabled()
                     and run.scaler.get_scale() > 1)
@@ -71,7 +74,8 @@ class Rollback:
             run.pending["in_a_row"] = 0
         run.pending["skipped"] += bool(bad)
         run.pending["in_a_row"] += bool(bad)
-        return Verdict(not (bad or overflow), bool(bad), bool(stop), bool(save))
+        return Verdict(not (bad or overflow), bool(bad), bool(stop), bool(save),
+                       gradient_norms)
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -118,8 +122,6 @@ class NotFinite(Stop):
         return f"{super().__str__()}; {kept} a lower --lr, or --precision fp32"
 
 
-def all_finite(loss: Tensor, outputs: Tensor, model: nn.Module) -> list[bool]:
-    """Whether a step's loss, outputs and gradients are finite. note: a sync point."""
-    norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()
-                                             if p.grad is not None]))
-    return torch.stack([x.isfinite().all() for x in (loss, outputs, norms)]).tolist()
+def all_finite(*tensors: Tensor) -> list[bool]:
+    """Whether each tensor is finite. note: a sync point."""
+    return torch.stack([x.isfinite().all() for x in tensors]).tolist()
