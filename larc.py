@@ -19,12 +19,15 @@ Where |p| or |g| is zero, g is used as it is, without weight decay: a bias that 
 moves, and a tensor whose gradient is zero only coasts. A tensor without gradient (None) is skipped.
 
 Differs from the reference (apex): an optimizer, not a wrapper around one; norms and momentum are
-taken over all tensors at once (foreach), and no norm ever visits the host. On a CPU the update goes
-block by block: p, g and v come into the cache once and p and v leave it once, so with the norms a
-step passes over memory seven times, where tensor by tensor it would be thirteen.
+taken over all tensors at once (foreach), and no norm ever visits the host.
+
+A step needs seven passes over the parameters' bytes: the norms read p and g; the update reads p, g
+and v, and writes p and v. Operation by operation it would be thirteen. On a CPU the update goes
+block by block, each of which comes into the cache once; `compiled` makes one kernel of it, for a
+GPU. Norms of g that are known already (`gradient_norms`) save a pass.
 """
 import math
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,54 +39,70 @@ class LARC(torch.optim.Optimizer):
     """SGD with layer-wise adaptive rate.
 
     params: tensors or parameter groups, as for every torch optimizer.  lr: global rate.
+    compiled: the update by torch.compile, which must work for the tensors' device; the first step
+    compiles it.
     Defaults are SwAV's. Raises ValueError for a number that is negative or not finite.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
-                 trust_coefficient: float = 0.001, eps: float = 1e-8):
+                 trust_coefficient: float = 0.001, eps: float = 1e-8, compiled: bool = False):
         numbers = dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                        trust_coefficient=trust_coefficient, eps=eps)
         if not all(0 <= x < math.inf for x in numbers.values()):
             raise ValueError(f"LARC takes finite numbers of at least 0, not {numbers}")
         super().__init__(params, numbers)
+        self.compiled, self.update = compiled, torch.compile(update) if compiled else update
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None, gradient_norms: Tensor | None = None):
+        """gradient_norms: what norms() gives of the gradients that are there, in the order of the
+        groups; None: computed here."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+        groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        known = [None] * len(groups) if gradient_norms is None else gradient_norms.split(
+            [len(params) for params in groups])
+        for group, params, g_norm in zip(self.param_groups, groups, known):
             if params:
-                self._step_group(params, group)
+                self._step_group(group, params, g_norm)
         return loss
 
-    def _step_group(self, params: list[Tensor], group: dict) -> None:
+    def _step_group(self, group: dict, params: list[Tensor], g_norm: Tensor | None) -> None:
         grads = [p.grad for p in params]
         momenta = []
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             momenta.append(self.state[p]["momentum_buffer"])
-        # (number of tensors,), on the device: one small vector instead of a scalar a tensor
-        wide = torch.promote_types(params[0].dtype, torch.float32)
-        p_norm = torch.stack(torch._foreach_norm(params, dtype=wide))
-        g_norm = torch.stack(torch._foreach_norm(grads, dtype=wide))
+        p_norm, g_norm = norms(params), norms(grads) if g_norm is None else g_norm
         decay = group["weight_decay"]
         rate = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + group["eps"])
         adapted = (p_norm > 0) & (g_norm > 0)
         g_scale = torch.where(adapted, rate, 1.0)
         p_scale = torch.where(adapted, rate * decay, 0.0)
+        step_size = torch.full_like(rate, -group["lr"])     # a tensor: no new graph for a new rate
 
-        tensors = zip(params, grads, momenta, g_scale.unbind(), p_scale.unbind())
-        for params, grads, momenta, g_scale, p_scale in (
-                blocks(tensors) if params[0].is_cpu else [zip(*tensors)]):
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_addcmul_(momenta, grads, g_scale)
-            if decay:
-                torch._foreach_addcmul_(momenta, params, p_scale)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+        tensors = zip(params, grads, momenta, *(x.unbind() for x in (g_scale, p_scale, step_size)))
+        one_by_one = params[0].is_cpu and not self.compiled
+        for some in blocks(tensors) if one_by_one else [zip(*tensors)]:
+            self.update(*map(list, some), group["momentum"])
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """(number of tensors,), float32 or better, on their device."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(tensors, dtype=wide))
+
+
+def update(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], g_scale: list[Tensor],
+           p_scale: list[Tensor], step_size: list[Tensor], momentum: float) -> None:
+    """The scales are 0-d tensors, one for each of the others."""
+    torch._foreach_mul_(momenta, momentum)
+    torch._foreach_addcmul_(momenta, grads, g_scale)
+    torch._foreach_addcmul_(momenta, params, p_scale)
+    torch._foreach_addcmul_(params, momenta, step_size)
 
 
 def blocks(tensors: Iterable[tuple[Tensor, ...]]) -> Iterator[Iterable[tuple[Tensor, ...]]]:

@@ -42,7 +42,7 @@ from distributed.ranks import (
     rank_and_world,
 )
 from distributed.step import frozen_statistics, sync_gradients
-from distributed.wrap import check_compiler, wrap
+from distributed.wrap import check_compiler, compiles_update, wrap
 from evaluation.probe import open_probe
 from evaluation.summary import look_back
 from figures.curves import curves
@@ -118,7 +118,7 @@ def train(run: Run) -> None:
             scaler.unscale_(optimizer)
             verdict = rollback.vote(step, loss, outputs, saver.due())       # one all-reduce
             if verdict.finite:
-                scaler.step(optimizer)
+                scaler.step(optimizer, gradient_norms=verdict.gradient_norms)
                 method.after_step(step)                     # SwAV: prototypes to unit norm; queue
             else:
                 rollback.undo()                             # Stop after too many in a row
@@ -160,9 +160,10 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
         with fail_together():
             check_compiler(device)
     wrapped = wrap(method, device, config.sync_bn_group, config.checkpoint_activations,
-                   config.compile, config.channels_last, config.pad_widths)
+                   config.compile, config.channels_last, config.pad_widths,
+                   config.compress_gradients)
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
-                     config.trust_coefficient)
+                     config.trust_coefficient, compiled=compiles_update(device))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream)
     if state:

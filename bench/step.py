@@ -24,7 +24,7 @@ from bench.timing import Clock, bandwidth, bf16_peak, convolution_rate, steps_in
 from data.loader import Augment, AugmentedCrops
 from distributed.hardware import layout, peak_memory
 from distributed.ranks import rank_and_world
-from distributed.wrap import check_compiler, wrap
+from distributed.wrap import check_compiler, compiles_update, wrap
 from larc import LARC
 from methods.build import build_method
 from multicrop import MultiCrop, Photometric
@@ -56,7 +56,7 @@ def product_step(config: Config, device: torch.device, dtype: torch.dtype,
     wrapped = wrap(method, device, config.sync_bn_group, checkpoint_activations, compiled,
                    config.channels_last, bool(config.pad_widths))
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
-                     config.trust_coefficient)
+                     config.trust_coefficient, compiled=compiles_update(device))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(method, wrapped, device, dtype, scaler)
     crops, params = random_crops(config, device), random_params(config)

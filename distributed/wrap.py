@@ -14,19 +14,22 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from distributed.hardware import layout
 from distributed.padding import pad
+from distributed.ranks import fail_together, is_main
 from distributed.sync_bn import convert
 from regnet import Block
 
 
 def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
          checkpoint_activations: bool = False, compiled: bool = False,
-         channels_last: bool | None = None, pad_widths: bool = False) -> nn.Module:
+         channels_last: bool | None = None, pad_widths: bool = False,
+         compress_gradients: bool = False) -> nn.Module:
     """Everything that is done to a built model from outside, in this order:
 
     1. SyncBatchNorm over groups of ranks: replaces BatchNorm modules, so it comes first;
@@ -46,13 +49,7 @@ def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
     arrange(model.trunk, device, checkpoint_activations, channels_last, pad_widths)
     if compiled:
         compile_trunk(model.trunk)
-    if ranks == 1:
-        return model
-    # Running statistics are saved from rank 0, so none are broadcast.
-    with warnings.catch_warnings():         # of an option whose successor torch 2.11 does not know
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
-                                       broadcast_buffers=False, gradient_as_bucket_view=True)
+    return model if ranks == 1 else distribute(model, device, compress_gradients)
 
 
 def arrange(trunk: nn.Module, device: torch.device, checkpoint_activations: bool,
@@ -69,6 +66,44 @@ def sync_group(wanted: int, ranks: int) -> int:
     """Ranks that share their BatchNorm statistics: as many as wanted, if that divides their number,
     else the next lower number that does."""
     return max(n for n in range(1, max(1, min(wanted, ranks)) + 1) if ranks % n == 0)
+
+
+def distribute(model: nn.Module, device: torch.device, compress: bool) -> nn.Module:
+    """DDP, with gradients that exist once: from the first pass on they are views of the buckets
+    that DDP sends. compress: sent as bf16, half the bytes.
+
+    DDP itself makes them so in its first synchronised backward pass, and once more when it has
+    sorted its buckets by what that pass was ready with. The first passes of an accumulation are not
+    synchronised, and would make gradients beside the buckets. So two passes of zeros come first;
+    gradients must stay after them (zero_grad(set_to_none=False)).
+    """
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2 ** 20
+    with warnings.catch_warnings():         # of an option whose successor torch 2.11 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        # Running statistics are saved from rank 0, so none are broadcast.
+        wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
+                                          bucket_cap_mb=bucket_size(size), broadcast_buffers=False,
+                                          gradient_as_bucket_view=True)
+    if compress:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    # the last layers' gradients are ready first, as in a real pass
+    forward, model.forward = model.forward, lambda: sum(p.sum() for p in model.parameters())
+    for _ in range(2):
+        model.zero_grad()
+        zero = wrapped()
+        zero.backward(torch.zeros_like(zero))
+    model.forward = forward
+    return wrapped
+
+
+def bucket_size(size: float) -> float:
+    """MiB of a bucket, for gradients of so many: a sixteenth, at least DDP's own 25.
+
+    A bucket is one all-reduce. Many small ones are bound by latency, which grows with the ranks (a
+    ring over n sends pieces of 1/n of a bucket); of few large ones the last, which nothing is left
+    to overlap with, is long. Buckets take no memory beside the gradients, whatever their size.
+    """
+    return max(25.0, size / 16)
 
 
 class CheckpointedStage(nn.Sequential):
@@ -108,6 +143,21 @@ def check_compiler(device: torch.device, backend="inductor") -> None:
         reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
         raise ValueError("--compile needs a C++ compiler, on a GPU Triton too, and does not work "
                          f"here: {reason}") from None
+
+
+def compiles_update(device: torch.device) -> bool:
+    """Whether LARC's update is compiled: on a GPU where Inductor works, on all ranks alike, for
+    their weights must stay the same. On a CPU it goes in blocks. A collective."""
+    if device.type != "cuda":
+        return False
+    try:
+        with fail_together():
+            check_compiler(device)
+        return True
+    except ValueError as error:
+        if is_main():
+            print(f"LARC's update makes 13 passes over memory, not 7 ({error})")
+        return False
 
 
 def compile_trunk(trunk: nn.Module, backend="inductor") -> None:

@@ -142,6 +142,8 @@ class Config:
         "on CUDA, where that is measured to be faster")
     threads: int = option(0, "computing threads of a rank on a CPU; sums round by it, so the run "
                           "keeps it; 0: its processors", 0, 1024)
+    compress_gradients: bool = option(False, "send gradients between ranks as bf16: half the "
+                                      "bytes, each rounded to 8 bits")
     sync_bn_group: int = option(0, "ranks that share BatchNorm's statistics (SEER: 64); 0: none", 0,
                                 100_000)
     precision: str = option("auto", "auto: bf16 where the device is made for it, else fp32",

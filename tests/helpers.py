@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
@@ -82,6 +83,17 @@ def torchrun(*arguments, timeout=300):
                str(ROOT / program[0]), *program[1:]]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout,
                           env=environment())
+
+
+@contextmanager
+def group_of_one(tmp_path: Path):
+    """A process group whose only rank is this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0,
+                            world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def run_ranks(worker, tmp_path: Path, *arguments, world: int = 2, timeout: float = 120) -> list:

@@ -124,3 +124,55 @@ def test_the_plain_loop(device):
 def test_settings_that_are_negative_or_not_finite_are_refused(name, value):
     with pytest.raises(ValueError, match=f"finite numbers of at least 0, .*'{name}': {value}"):
         LARC([torch.nn.Parameter(torch.ones(1))], **{"lr": 1.0} | {name: value})
+
+
+def gradient_norms(params):
+    return larc.norms([p.grad for p in params])
+
+
+def test_norms_that_are_known_are_not_computed_again(monkeypatch):
+    """The same bits, also in groups, with a parameter without gradient and through GradScaler."""
+    whole, params = some_tensors(), some_tensors()
+    whole[1].grad = params[1].grad = None
+    kept = [p for p in params if p.grad is not None]
+    for tensors, known in ((whole, None), (params, gradient_norms(kept))):
+        optimizer = LARC([{"params": tensors[:3]}, {"params": tensors[3:]}], 100.0,
+                         weight_decay=1e-2)
+        read = []
+        monkeypatch.setattr(larc, "norms", lambda tensors, norms=larc.norms: (
+            read.extend(tensors) or norms(tensors)))
+        torch.amp.GradScaler("cpu", enabled=False).step(optimizer, gradient_norms=known)
+        monkeypatch.undo()
+        assert len(read) == len(kept) * (2 - (known is not None))
+    assert all(map(torch.equal, whole, params))
+    with pytest.raises(RuntimeError):
+        optimizer.step(gradient_norms=torch.ones(3))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.long),
+                                    pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_the_compiled_update_passes_over_memory_five_times(device, monkeypatch):
+    """By Inductor's count of the bytes that its kernels read and write: p, g and v in, p and v out.
+    With a norm of p, and one of g by whoever checks that it is finite, a step makes seven passes.
+    One graph for all steps, whose rates differ; the numbers are those of the plain update."""
+    from torch._inductor import compile_fx, metrics
+    plain, params = some_tensors(device), some_tensors(device)
+    monkeypatch.setattr(compile_fx.inductor_metrics_log, "isEnabledFor", lambda level: True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    metrics.reset()
+    optimizer = LARC(params, 100.0, weight_decay=1e-2, compiled=True)
+    other = LARC(plain, 100.0, weight_decay=1e-2)
+    with torch._inductor.utils.fresh_cache():
+        for step in range(3):
+            for p, q in zip(params, plain):
+                p.grad.mul_(1 + step)
+                q.grad.mul_(1 + step)
+            optimizer.param_groups[0]["lr"] = other.param_groups[0]["lr"] = 100.0 / (1 + step)
+            optimizer.step(gradient_norms=gradient_norms(params))
+            other.step()
+    for p, q in zip(params, plain):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    size, scalars = sum(p.nbytes for p in params), 3 * 4 * len(params)
+    assert 5 * size <= metrics.num_bytes_accessed <= 5 * size + scalars

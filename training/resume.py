@@ -23,8 +23,8 @@ KNOWN = {field.name for field in dataclasses.fields(Config)}
 # what may change between the parts of one run; what is not remembered of it either
 MACHINE = {"out", "device", "workers", "micro_batch", "checkpoint_activations"}
 FREE = MACHINE | {"days", "cache", "log_every", "save_every", "save_minutes", "keep", "keep_every",
-                  "max_bad_steps", "compile", "probe", "probe_every", "channels_last",
-                  "pad_widths", "cudnn_benchmark", "threads"}
+                  "max_bad_steps", "compile", "compress_gradients", "probe", "probe_every",
+                  "channels_last", "pad_widths", "cudnn_benchmark", "threads"}
 
 
 def remembered(given: dict, world: int) -> dict:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distributed.ranks import all_reduce_max, on_any_rank
+from larc import norms
 from training.run import Run
 from training.signals import Signals, StepDropped, Stop
 
@@ -32,6 +33,7 @@ class Verdict(NamedTuple):
     bad: bool                   # not finite, and float16's loss scale is not the cause
     stop: bool                  # a signal came, to this rank or to another
     save: bool = False          # it is time to save
+    gradient_norms: Tensor | None = None    # of this rank, for the optimizer: larc.norms
 
 
 class Rollback:
@@ -58,7 +60,9 @@ class Rollback:
         """Whether a step counts; save: whether this rank finds that it is time to. note: the one
         sync point of a step (float16's scaler has another), and a collective."""
         run, self.step = self.run, step
-        loss_finite, outputs_finite, gradients_finite = all_finite(loss, outputs[0], run.method)
+        gradient_norms = norms([p.grad for p in run.method.parameters() if p.grad is not None])
+        loss_finite, outputs_finite, gradients_finite = (
+            x.isfinite().all() for x in (loss, outputs[0], gradient_norms))
         # a rank with outputs that are not finite spoils the codes of all ranks: its number is told
         origin = ~outputs_finite * (run.world - run.rank)
         lost, self.origin, spoiled, stop, save = all_reduce_max(
@@ -73,7 +77,7 @@ class Rollback:
             run.pending["in_a_row"] = 0
         run.pending["skipped"] += bad
         run.pending["in_a_row"] += bad
-        return Verdict(not (bad or overflow), bad, bool(stop), bool(save))
+        return Verdict(not (bad or overflow), bad, bool(stop), bool(save), gradient_norms)
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -118,10 +122,3 @@ class NotFinite(Stop):
             kept = (f"the last good checkpoint was kept: --init {self.out}/checkpoint.pt with "
                     "another --out and")
         return f"{super().__str__()}; {kept} a lower --lr, or --precision fp32"
-
-
-def all_finite(loss: Tensor, outputs: Tensor, model: nn.Module) -> list[Tensor]:
-    """Whether a step's loss, outputs and gradients are finite: scalars, on the device."""
-    norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()
-                                             if p.grad is not None]))
-    return [x.isfinite().all() for x in (loss, outputs, norms)]

@@ -1,4 +1,5 @@
 """distributed/wrap.py: each wrapper on against off; groups of ranks; networks without memory."""
+from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -7,11 +8,12 @@ import torch
 import torch.distributed as dist
 
 from distributed import wrap
+from distributed.step import sync_gradients
 from methods.build import build_method, build_trunk
 from recipes.command_line import configure
 from regnet import RegNet, RegNetParams
 from swav import SwAV
-from tests.helpers import run_ranks
+from tests.helpers import group_of_one, run_ranks
 from tests.test_step import CPU, SPECS, assert_close, cut, gradients, images, run_of, tiny
 from train import step_gradients
 
@@ -163,6 +165,60 @@ def test_a_network_may_be_built_without_memory():
     model = build_method(configure({"arch": "regnety_10b"}), "meta")
     assert sum(p.numel() for p in model.trunk.parameters()) == pytest.approx(9323.9e6, rel=1e-4)
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+# ------------------------------------------------------------------------------------ two ranks
+def accumulated(rank, world):
+    """Where gradients lie before the first pass, after one that is not synchronised, and after one
+    that is; where the buckets that were sent lie; their bytes and the parameters'. Then the
+    gradients, sent as they are and as bf16."""
+    results, sent = [], set()
+
+    def send(_, bucket):
+        sent.add(bucket.buffer().untyped_storage().data_ptr())
+        return dist.all_reduce(bucket.buffer() / world, async_op=True).get_future().then(
+            lambda future: future.value()[0])
+
+    for compress in (False, True):
+        model = tiny().eval()
+        wrapped = wrap.distribute(model, CPU, compress)
+
+        def places_now():
+            return {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes()
+                    for p in model.parameters()}
+
+        if not compress:
+            wrapped.register_comm_hook(None, send)
+        places = [places_now()]
+        for step in range(2):
+            wrapped.zero_grad(set_to_none=False)
+            for i, crops in enumerate(cut(images(8), 2, rank, world)):
+                with sync_gradients(wrapped, now=i == 1):
+                    wrapped(crops)[1].square().mean().backward()
+                places.append(places_now())
+        grads = {name: grad.clone() for name, grad in gradients(model).items()}
+        results.append((places, sent, sum(p.nbytes for p in model.parameters()), grads))
+    return results
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_gradients_exist_once(world, tmp_path):
+    """In DDP's buckets, from the first pass of the first accumulation on; and sent as bf16 they are
+    the same but for its eight bits."""
+    with group_of_one(tmp_path) if world == 1 else nullcontext():
+        ranks = [accumulated(0, 1)] if world == 1 else run_ranks(accumulated, tmp_path, 2)
+    for (places, sent, size, grads), (others, _, _, rounded) in ranks:
+        assert all(now == places[0] for now in places) and all(now == others[0] for now in others)
+        assert sent == {*places[0]} and size <= sum(places[0].values()) <= size + 64 * len(grads)
+        for name, grad in grads.items():
+            assert (rounded[name] - grad).norm() <= 2 ** -7 * grad.norm() + 1e-12, name
+            assert not grad.any() or not torch.equal(rounded[name], grad)
+
+
+@pytest.mark.parametrize("size, bucket", [(106, 25), (5459, 341.1875)])
+def test_buckets_grow_with_the_network(size, bucket):
+    """MiB of a RegNetY-400MF's gradients, and of SEER's 256GF."""
+    assert wrap.bucket_size(size) == bucket
 
 
 # ----------------------------------------------------------------------- on a CUDA machine only
