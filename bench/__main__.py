@@ -32,7 +32,7 @@ from methods.build import TRUNKS
 from multicrop import parse_crops
 from recipes.command_line import configure, hyphens
 from recipes.config import unknown
-from training.plan import cost, memory
+from training.cost import cost, memory
 from weights.terminal import Text, number_in, one_sentence
 
 

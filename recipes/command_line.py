@@ -11,21 +11,26 @@ from torch.cuda import is_available as cuda_is_here
 
 from data.demo import DemoImages
 from distributed.hardware import pick_device
+from distributed.roofline import Gpu
 from multicrop import decode
 from recipes.config import LENGTHS, WRITTEN, Config, complete, flag, unknown, with_length
 from recipes.input import settle
-from recipes.medium import LARGE, TFLOPS, UTILISATION, medium, shortened
+from recipes.medium import LARGE, medium, shortened
 from recipes.published import RECIPES, SWAV, seer
 from recipes.small import SMALL, small, survey
 from weights.terminal import Text, number_in
 
-# of --plan: value, range and help text
+# of --plan: value (rates: of an H100, distributed/roofline.py), range and help text
 MACHINE = {"gpus": (8, (1, 100_000), "number of GPUs"),
            "gpu_memory": (80.0, (0.1, 10_000), "memory of each, GB (10^9 bytes)"),
-           "tflops": (TFLOPS, (0.001, 1_000_000),
+           "tflops": (Gpu().tflops, (0.001, 1_000_000),
                       "TFLOP/s of each in bf16, as a large matrix product reaches"),
-           "utilisation": (UTILISATION, (0.001, 1),
-                           "share of these that training reaches (assumed)")}
+           "bandwidth": (Gpu().bandwidth, (0.001, 1_000_000),
+                         "GB/s of its memory, read and written, as a copy reaches"),
+           "nvlink": (Gpu().nvlink, (0.001, 1_000_000),
+                      "GB/s each way between the GPUs of a node, as NCCL reaches"),
+           "network": (Gpu().network, (0.001, 1_000_000),
+                       "GB/s each way to other nodes, of each GPU")}
 
 
 def parse_arguments(argv: list[str]) -> dict:

@@ -32,7 +32,7 @@ from distributed.ranks import fail_together, gather_lists, is_main
 from methods.build import build_method
 from multicrop import MultiCrop, Photometric
 from recipes.config import Config
-from recipes.medium import CPU_TFLOPS, UTILISATION, training_flops
+from recipes.medium import CPU_TFLOPS, training_flops
 
 SAMPLE, SECONDS = 32, 2.0            # images that are measured: so many, but no longer than that
 FEW = 8                              # of small ones
@@ -208,10 +208,10 @@ def seconds_an_epoch(config: Config, speed: Speed) -> tuple[float, float]:
 def computing(config: Config) -> float:
     """Processor-seconds an image of a step on this CPU: three forward passes of the trunk, which is
     timed on black crops of two images, with the threads of the run. One that would take seconds is
-    taken to reach a usual share of a usual processor."""
+    taken to run at CPU_TFLOPS."""
     device, flops = torch.device("cpu"), training_flops(config.arch, config.crops)
     if flops > LONG:
-        return flops / (CPU_TFLOPS * UTILISATION * 1e12) * processors()
+        return flops / (CPU_TFLOPS * 1e12) * processors()
     torch.set_num_threads(config.threads or processors())
     trunk = build_method(config, "meta").trunk.to_empty(device=device).eval()
     form = layout(device, config.channels_last)

@@ -5,9 +5,15 @@
 
 What lies between the two is interpolated, and was not measured.
 """
+import functools
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 
+import torch
+
+from distributed.roofline import Gpu, count_operations, roofline
+from methods.build import build_trunk
 from multicrop import CropSpec, parse_crops
 from recipes.published import SWAV
 from regnet import ARCHS, complexity
@@ -15,8 +21,7 @@ from regnet import ARCHS, complexity
 LARGE = 100_000_000         # images; with more, recipe seer
 IMAGENET, BILLION = 1_281_167, 1_000_000_000
 EPOCHS = 200                # at most: SwAV's length for a small batch
-TFLOPS, UTILISATION = 790.0, 0.4        # of an H100 in bf16; the share that training reaches
-CPU_TFLOPS = 0.4
+CPU_TFLOPS = 0.16           # that training reaches on a processor of some cores (assumed)
 FEWEST_STEPS = 400
 SIZES = {"regnety_100mf": 0.1, "regnety_200mf": 0.2, "regnety_400mf": 0.4, "regnety_800mf": 0.8,
          "regnety_1.6gf": 1.6, "regnety_4gf": 4.0, "regnety_8gf": 8.0, "regnety_16gf": 16.0,
@@ -50,16 +55,32 @@ def training_flops(arch: str, crops: Sequence[CropSpec]) -> float:
                    for spec in crops)
 
 
+@functools.cache
+def gpu_seconds(arch: str, crops: tuple[CropSpec, ...]) -> float:
+    """Of forward and backward pass of the trunk, of an image's crops, on an H100 at the least
+    (distributed/roofline.py), in bf16 and batches of 64. Counted at the first crops' size; the
+    others' count by their pixels."""
+    with torch.device("meta"):
+        trunk = build_trunk(arch)
+    gpu, size = Gpu(), crops[0].size
+    crops_of_one = sum(spec.count * spec.size ** 2 for spec in crops) / size ** 2
+    return roofline(count_operations(trunk, (3, size, size), torch.bfloat16), 64,
+                    gpu.tflops * 1e12, gpu.bandwidth * 1e9) * crops_of_one / 64
+
+
 def medium(count: int, given: dict, world: int = 1, days: float = 2.0, cpu: bool = False
            ) -> dict[str, tuple[object, str]]:
     """count: images of the set.  given: the options given; network, batch and crops decide others.
     world: number of processes, each with a GPU, or on a CPU (cpu).  days: that the run may take."""
-    crops = parse_crops(given.get("crops", "2x224+6x96"))
-    seen, tflops = length_for(count), CPU_TFLOPS if cpu else TFLOPS
-    rate = world * tflops * UTILISATION * 1e12
+    crops, seen = tuple(parse_crops(given.get("crops", "2x224+6x96"))), length_for(count)
+
+    def days_of(arch: str) -> float:
+        seconds = (training_flops(arch, crops) / (CPU_TFLOPS * 1e12) if cpu else
+                   gpu_seconds(arch, crops))
+        return seen * seconds / world / 86400
+
     suited = [arch for arch, gf in SIZES.items() if gf <= 1.01 * largest_for(count)]
-    fitting = [arch for arch in suited
-               if seen * training_flops(arch, crops) <= days * 86400 * rate]
+    fitting = suited[:bisect_right(suited, days, key=days_of)]      # larger ones take longer
     arch = given.get("arch") or (fitting[-1] if fitting else next(iter(SIZES)))
     each = 64 if SIZES.get(arch, 4.0) <= 4 else 32
     batch = given.get("batch_size") or max(256 // world, min(each, 4096 // world)) * world
@@ -71,10 +92,12 @@ def medium(count: int, given: dict, world: int = 1, days: float = 2.0, cpu: bool
     prototypes = given.get("prototypes") or prototypes_for(count)
     queue = 3840 // world * world if small else 0
     where = "a CPU" if cpu else f"{world} GPU{'s' * (world > 1)}"
+    speed = (f"at {CPU_TFLOPS:g} TFLOP/s a process (assumed)" if cpu else
+             "were each as fast as an H100 can be (predicted)")
     why = f"of those up to {largest_for(count):.1f} GF, which suit so many images, the largest "
     return rule | {
         "arch": (arch, f"{why}that {where} train{'s' * (world == 1)} in {days:g} days "
-                       f"(--days), at {UTILISATION:.0%} of {tflops:g} TFLOP/s (assumed)"
+                       f"(--days), {speed}"
                  if fitting else f"the smallest, and yet it takes {where} more than {days:g} days "
                                  "(--days)"),
         "images": (seen, f"{seen / count:.1f} epochs: SwAV's 200 of ImageNet and SEER's one of a "

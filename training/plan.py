@@ -5,133 +5,26 @@
     print(plan(configure({"arch": "regnety_256gf"}), gpus=8))
     config = fit(config, ranks=8, limit=80e9, dtype=torch.bfloat16)     # chooses the micro-batch
 
-It counts on the meta device, so neither a GPU nor the network's memory is needed. Its multiply-adds
-are exact; the peak memory of a step is predicted to some per cent (`python -m bench step` measures
-both).
+What is counted is in cost.py, how long it takes in step_time.py.
 """
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from distributed.hardware import PRECISIONS, memory_of
 from distributed.ranks import gather_lists, rank_and_world
-from distributed.wrap import stages_of, sync_group
-from methods.build import build_method
+from distributed.roofline import Gpu
 from recipes.command_line import configure
 from recipes.config import Config, with_length
 from recipes.input import duration
-from recipes.medium import TFLOPS, UTILISATION
-from regnet import ARCHS, complexity
-from swav import ASSIGNED, assigned_sizes
+from training.cost import Cost, cost, memory, traffic, work
+from training.step_time import Passes, passes, step_time
 
 ROOM = 0.9                   # share of the memory that is planned; the rest: context, workspaces
 IMAGENET = 1_281_167         # images of an epoch where there is no --data
-
-
-class Cost(NamedTuple):
-    """Of a network: parameters, and BatchNorm layers with their channels. Of one image, over all
-    its crops: multiply-adds of a forward pass, and bytes of the trunk kept for backward."""
-    trunk_params: int
-    params: int                          # of trunk, head and prototypes
-    norms: list[int]                     # channels of the trunk's BatchNorms: one pass a crop size
-    head_norms: list[int]                # of the head's: one pass for all sizes
-    trunk_flops: int
-    flops: int                           # of trunk, head and prototypes
-    assigned_flops: int                  # the same, of those sizes that hold assigned crops
-    activations: int                     # bytes, without checkpointing
-    inputs: int                          # bytes, with it: the inputs of blocks, and the stem
-    block: int                           # bytes, with it: of the largest block, in backward
-
-
-def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
-    """Counted on the meta device: takes a second or two, and no memory, also for 10 billion."""
-    specs, arch, model = config.crops, config.arch, build_method(config, "meta")
-    trunk_params, params = (sum(p.numel() for p in m.parameters()) for m in (model.trunk, model))
-    norms, head_norms = ([m.num_features for m in part.modules() if isinstance(m, _BatchNorm)]
-                         for part in (model.trunk, model.head))
-    linear = (model.prototypes, *(m for m in model.head if isinstance(m, nn.Linear)))
-    head_flops = sum(m.weight.numel() for m in linear)                   # of a crop
-    flops, kept = {}, {}
-    for spec in specs:
-        if arch in ARCHS:
-            flops[spec] = complexity(ARCHS[arch], spec.size, num_classes=0).flops
-        else:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model.trunk(torch.empty(2, 3, spec.size, spec.size, device="meta"))
-            flops[spec] = counter.get_total_flops() // 4         # of two crops; 2 a multiply-add
-        kept[spec] = kept_for_backward(model.trunk, spec.size, dtype)
-    total = sum(spec.count * flops[spec] for spec in specs)
-    views = sum(spec.count for spec in specs)
-    first = assigned_sizes([spec.count for spec in specs])
-    return Cost(
-        trunk_params, params, norms, head_norms, total, total + views * head_flops,
-        sum(spec.count * (flops[spec] + head_flops) for spec in specs[:first]),
-        *(sum(spec.count * kept[spec][i] for spec in specs) for i in (0, 1)),
-        max(spec.count * kept[spec][2] for spec in specs))
-
-
-def kept_for_backward(trunk: nn.Module, size: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes a crop: all that autograd saves; then, with activation checkpointing, what is kept
-    throughout, and the most that one block takes in backward, with the gradient of its output."""
-    trunk = trunk.to(dtype)
-    owned = {t.untyped_storage()._cdata for t in (*trunk.parameters(), *trunk.buffers())}
-    kept, outside, inside, alive = {}, set(), {}, []
-    where = [outside]                    # last: the set of storages that is being filled
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in owned:
-            alive.append(tensor)         # or its address would be given to another one
-            kept[storage._cdata] = storage.nbytes()
-            where[-1].add(storage._cdata)
-        return tensor
-
-    def enter(block, inputs):
-        keep(*inputs)
-        where.append(set())
-
-    def leave(block, inputs, output):
-        storages = where.pop() - outside
-        inside[block] = sum(kept[storage] for storage in storages) + output.nbytes
-
-    hooks = [hook for _, stage in stages_of(trunk) for block in stage for hook in (
-        block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
-    crops = 2                            # BatchNorm wants more than one value of a channel
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trunk(torch.empty(crops, 3, size, size, dtype=dtype, device="meta"))
-    for hook in hooks:
-        hook.remove()
-    return (sum(kept.values()) // crops, sum(kept[storage] for storage in outside) // crops,
-            max(inside.values()) // crops)
-
-
-def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ranks: int,
-           dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """Bytes at the peak of a step, by part."""
-    views, share = sum(spec.count for spec in config.crops), config.batch_size // ranks
-    pixels = sum(spec.count * 3 * spec.size ** 2 for spec in config.crops)
-    kept = cost.inputs + cost.block if checkpointing else cost.activations
-    rows = share + config.queue // ranks
-    codes = 2 * ASSIGNED * rows * config.prototypes * 4       # scores of the whole share, and codes
-    # of the head in autocast; then in float32 scores, log p, and the gradients of both
-    loss = views * (2 * dtype.itemsize * sum(config.head) + 4 * 4 * config.prototypes)
-    cast = 0 if dtype == torch.float32 else dtype.itemsize * cost.params
-    if checkpointing:   # all are there when forward ends; in backward one block takes their place
-        cast = max(cast - micro_batch * cost.block, 0)
-    return {
-        "weights, float32": 4 * cost.params,
-        "gradients = communication buffers": 4 * cost.params,         # DDP's buckets
-        "momentum": 4 * cost.params,
-        "weights cast for autocast": cast,
-        "activations of the trunk": micro_batch * kept,
-        "head, scores and loss": micro_batch * loss + codes,
-        "crops, uint8 and float32": share * pixels + micro_batch * 4 * pixels,
-    }
+# milliseconds that a core takes from file to crops, 2x160+4x96 (docs/data.md)
+DECODING = {"500 x 375": 2.0, "12 megapixels": 40.0}
 
 
 def largest_micro_batch(cost: Cost, config: Config, checkpointing: bool, ranks: int, limit: float,
@@ -180,46 +73,19 @@ def fit_ranks(config: Config, device: torch.device, dtype: torch.dtype) -> Confi
     return fit(config, rank_and_world()[1], limit, dtype)
 
 
-def traffic(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, gpus: int) -> dict:
-    """Bytes each GPU sends in a step, by purpose; collectives in rings."""
-    counts = [spec.count for spec in config.crops]
-    micro_batches, ring = config.batch_size // gpus // micro_batch, 2 * (gpus - 1) / gpus
-    group = sync_group(config.sync_bn_group, gpus)
-
-    def forward(norms):             # all-gather of means, deviations and a count
-        return 4 * sum(2 * channels + 1 for channels in norms) * (group - 1)
-
-    def backward(norms):            # all-reduce of two sums
-        return 4 * 2 * sum(norms) * 2 * (group - 1) / group
-
-    accumulating = micro_batches > 1
-    sizes, first = len(counts), assigned_sizes(counts) * accumulating
-    synchronised = micro_batches * (
-        (sizes * (1 + checkpointing) + first) * forward(cost.norms) + sizes * backward(cost.norms)
-        + (1 + accumulating) * forward(cost.head_norms) + backward(cost.head_norms))
-    return {"gradients": ring * 4 * cost.params, "SyncBatchNorm": synchronised,
-            "Sinkhorn": ring * 4 * ASSIGNED * config.prototypes * config.sinkhorn_iterations}
-
-
-def work(cost: Cost, checkpointing: bool = False, accumulating: bool = False) -> float:
-    """TFLOP an image: 3 forward passes, one more of the trunk with activation checkpointing, and
-    one of the assigned crops where the codes are of several micro-batches."""
-    adds = 3 * cost.flops + checkpointing * cost.trunk_flops + accumulating * cost.assigned_flops
-    return 2 * adds / 1e12
-
-
 def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memory: float = 80.0,
-         tflops: float = TFLOPS, utilisation: float = UTILISATION) -> str:
-    """What a run takes, in words; gpu_memory in GB, tflops of one GPU in the run's precision.
+         gpu: Gpu = Gpu()) -> str:
+    """What a run takes, in words; gpu_memory in GB.
 
     Raises ValueError for a machine of nothing, and where a given --micro-batch does not divide.
     """
-    if not all(0 < x < math.inf for x in (gpus, gpu_memory, tflops, utilisation)):
-        raise ValueError("--gpus, --gpu-memory, --tflops and --utilisation must be above 0")
+    if not all(0 < x < math.inf for x in (gpus, gpu_memory, *gpu)):
+        raise ValueError("--gpus, --gpu-memory and the rates of a GPU must be above 0")
     config = with_length(config, num_images or IMAGENET)
-    counted = cost(config, PRECISIONS.get(config.precision, torch.bfloat16))
+    dtype = PRECISIONS.get(config.precision, torch.bfloat16)
+    counted, passed = cost(config, dtype), passes(config, dtype)
     columns = {"checkpointing" if checkpointing else "no checkpointing":
-               column(counted, config, checkpointing, gpus, gpu_memory, tflops * utilisation)
+               column(counted, passed, config, checkpointing, gpus, gpu_memory, gpu)
                for checkpointing in (False, True)}
     names = list(dict.fromkeys(name for rows in columns.values() for name in rows))
     lines = [f"{name:<42}" + "".join(f"{rows.get(name, '-'):>18}" for rows in columns.values())
@@ -231,8 +97,8 @@ def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memor
         f"TFLOP an image: {work(counted):.3f}, {work(counted, True):.3f} with activation "
         "checkpointing",
         f"{seen:,} images in {config.steps:,} steps of {config.batch_size:,}, on {gpus} GPUs of "
-        f"{gpu_memory:g} GB and {tflops:g} TFLOP/s, of which {utilisation:.0%} is reached "
-        "(assumed)",
+        f"{gpu_memory:g} GB; times are predicted, at the least: {gpu.tflops:g} TFLOP/s, "
+        f"{gpu.bandwidth:g} GB/s of memory, {gpu.nvlink:g} in a node, {gpu.network:g} to others",
         "", " " * 42 + "".join(f"{name:>18}" for name in columns), *lines])
 
 
@@ -241,22 +107,22 @@ def plan_of(given: dict, machine: dict, images=None) -> str:
     Without a recipe, an arch or data it is SEER's 256GF."""
     if images is None and "recipe" not in given:
         given = {"arch": Config.arch} | given
-    config = configure({"device": "cuda"} | given, max(1, machine["gpus"]), images)
-    return plan(config, None if images is None else len(images), **machine)
+    gpus, gpu_memory, *rates = machine.values()
+    config = configure({"device": "cuda"} | given, max(1, gpus), images)
+    return plan(config, None if images is None else len(images), gpus, gpu_memory, Gpu(*rates))
 
 
 def expected_time(config: Config, dtype: torch.dtype, world: int) -> str:
-    """Of the whole run on GPUs, in words: its FLOP at UTILISATION of an H100's."""
-    spent = work(cost(config, dtype), bool(config.checkpoint_activations),
-                 config.batch_size // world > config.micro_batch)
-    seconds = config.steps * config.batch_size * spent / (world * UTILISATION * TFLOPS)
-    return (f"about {duration(seconds)} at {UTILISATION:.0%} of {TFLOPS:g} TFLOP/s a process "
-            "(assumed)")
+    """Of the whole run, in words, were its GPUs those of Gpu()."""
+    step = step_time(cost(config, dtype), passes(config, dtype), config, config.micro_batch,
+                     bool(config.checkpoint_activations), world)
+    return (f"at least {duration(config.steps * step.total)}, as predicted for an H100 a process "
+            f"({step.utilisation:.0%} of {Gpu().tflops:g} TFLOP/s)")
 
 
-def column(counted: Cost, config: Config, checkpointing: bool, gpus: int, gpu_memory: float,
-           tflops: float) -> dict[str, str]:
-    """A column of the plan: its rows' names and values. tflops: of one GPU, as training reaches."""
+def column(counted: Cost, passed: Passes, config: Config, checkpointing: bool, gpus: int,
+           gpu_memory: float, gpu: Gpu) -> dict[str, str]:
+    """A column of the plan: its rows' names and values."""
     dtype = PRECISIONS.get(config.precision, torch.bfloat16)
     micro_batch = config.micro_batch or largest_micro_batch(counted, config, checkpointing, gpus,
                                                             gpu_memory * 1e9, dtype)
@@ -268,12 +134,19 @@ def column(counted: Cost, config: Config, checkpointing: bool, gpus: int, gpu_me
     if total > ROOM * gpu_memory or not micro_batch:
         return rows | {"does not fit": "-"}
     micro_batches = config.batch_size // gpus // micro_batch
-    spent = work(counted, checkpointing, micro_batches > 1)
-    rate = gpus * tflops / spent
+    step = step_time(counted, passed, config, micro_batch, checkpointing, gpus, gpu)
+    rate = config.batch_size / step.total
     sent = traffic(counted, config, micro_batch, checkpointing, gpus)
     return rows | {
         "batch = GPUs x micro-batches x images": f"{gpus} x {micro_batches} x {micro_batch}",
-        "TFLOP an image, all passes": f"{spent:.3f}",
+        "TFLOP an image, all passes": f"{work(counted, checkpointing, micro_batches > 1):.3f}",
+        **{f"GB sent a step: {name}": f"{size / 1e9:.3f}" for name, size in sent.items()},
+        **{f"ms a step: {name}": f"{1e3 * part:,.1f}" for name, part in step.seconds.items()},
+        "ms a step, sum": f"{1e3 * step.total:,.1f}",
+        "ms of gradients' all-reduce, hidden": f"{1e3 * step.reduction:.1f}, "
+                                               f"{1e3 * step.hidden:.1f}",
+        "utilisation: share of the TFLOP/s": f"{step.utilisation:.0%}",
         "images/s": f"{rate:,.0f}",
-        "days": f"{config.steps * config.batch_size / rate / 86400:,.1f}",
-        **{f"GB sent a step: {name}": f"{size / 1e9:.3f}" for name, size in sent.items()}}
+        "days": f"{config.steps * step.total / 86400:,.1f}",
+        **{f"cores a GPU for images of {name}": f"{rate / gpus * ms / 1e3:.2g}"
+           for name, ms in DECODING.items()}}

@@ -250,7 +250,7 @@ def test_a_step_without_room_is_one_sentence(tmp_path, capsys, monkeypatch, quic
     def full(*_):
         raise torch.OutOfMemoryError
     small = [*SMALL, "--arch=regnety_100mf", f"--out={tmp_path / 'bench.json'}"]
-    monkeypatch.setattr(step, "roofline", lambda *_: 1.0)
+    monkeypatch.setattr(step, "least_ms", lambda *_: 1.0)
     monkeypatch.setattr(step, "baseline_step", full)
     main(small)
     result, = json.loads((tmp_path / "bench.json").read_text())

@@ -8,9 +8,11 @@ import train
 from data.demo import DemoImages
 from recipes.command_line import choose_recipe, configure, explain
 from recipes.config import with_length
+from recipes.input import duration
 from recipes.medium import largest_for, length_for, medium, prototypes_for, training_flops
 from tests.helpers import refuse
-from training import plan
+from training import cost, plan
+from training.step_time import passes, step_time
 
 
 class Many:
@@ -33,7 +35,7 @@ def test_both_ends_are_the_published_settings():
 def test_training_takes_three_forward_passes():
     """Of the trunk, over all crops, against the plan's count on the meta device."""
     config = configure({"arch": "regnety_400mf", "crops": "2x96+3x64"})
-    assert training_flops(config.arch, config.crops) == 6 * plan.cost(config).trunk_flops
+    assert training_flops(config.arch, config.crops) == 6 * cost.cost(config).trunk_flops
 
 
 @pytest.mark.parametrize("count", [100_000, 1_281_167, 30_000_000])
@@ -54,8 +56,8 @@ def test_the_network_follows_from_the_processes_and_the_days():
 
     assert arch(1_281_167, 8)[0] == "regnety_4gf"       # as large as suits so many images
     assert arch(100_000_000, 8)[0] == "regnety_32gf"
-    assert arch(100_000_000, 1)[0] == "regnety_4gf"     # fewer GPUs, or days
-    assert arch(100_000_000, 8, 0.25)[0] == "regnety_4gf"
+    assert arch(100_000_000, 1)[0] == "regnety_800mf"   # fewer GPUs, or days
+    assert arch(100_000_000, 8, 0.25)[0] == "regnety_800mf"
     name, reason = arch(100_000, 1, cpu=True)
     assert name == "regnety_100mf" and "2 days" in reason
     assert "more than 0.01 days" in arch(100_000, 1, 0.01, cpu=True)[1]
@@ -77,12 +79,12 @@ def test_a_length_follows_a_set_that_is_much_smaller():
 
 
 def test_the_time_of_a_run_is_said():
-    config = with_length(configure({"arch": "regnety_400mf", "images": 10 ** 9, "micro_batch": 16,
+    config = with_length(configure({"arch": "regnety_100mf", "images": 10 ** 9, "micro_batch": 16,
                                     "checkpoint_activations": True}), 10 ** 9)
-    spent = plan.work(plan.cost(config), True)
+    step = step_time(cost.cost(config), passes(config), config, 16, True, 512)
     said = plan.expected_time(config, torch.bfloat16, 512)
-    assert said == (f"about {1e9 * spent / (512 * 316):.2g} s at 40% of 790 TFLOP/s a process "
-                    "(assumed)")
+    assert said == (f"at least {duration(config.steps * step.total)}, as predicted for an H100 a "
+                    f"process ({step.utilisation:.0%} of 790 TFLOP/s)")
 
 
 def test_medium_needs_a_set(capsys):

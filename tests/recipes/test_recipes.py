@@ -171,7 +171,7 @@ def test_what_the_processes_cannot_share_is_refused(name, fitting):
     (["--stepz=1"], "unrecognized arguments: --stepz=1"),
     (["--step=1"], "unrecognized arguments: --step=1"),                     # no abbreviations
     (["--data="], "argument --data: is empty"),
-    (["--plan", "--utilisation=40"], "--utilisation: '40': needs a number from 0.001 to 1"),
+    (["--plan", "--bandwidth=0"], "--bandwidth: '0': needs a number from 0.001 to 1,000,000"),
     (["--plan", "--gpus=1000000"], "--gpus: '1000000': needs a whole number from 1 to 100,000"),
     (["--plan", "--workers=100000"], "--workers 100000: needs"),
     (["--data=s3://bucket/photos"], "s3://bucket/photos is no path: mount it as a folder"),

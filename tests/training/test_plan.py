@@ -1,148 +1,30 @@
-"""training/plan.py against published figures, and against what a step keeps."""
+"""training/plan.py: what fits where, and the plan as a command."""
 import functools
 import os
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 
 import train
 from distributed import hardware
-from distributed.wrap import wrap
-from methods.build import build_method
 from recipes.command_line import configure
-from swav import swav_codes, swav_loss
+from recipes.config import with_length
 from tests.helpers import ROOT
+from tests.training.test_cost import COST, SIZES, cost_of, of_sizes
 from training import plan
+from training.cost import memory, work
+from training.step_time import passes, step_time
 
-MIB, GB = 2 ** 20, 1e9
-BENCHMARK, SEER = "2x160+4x96", "2x224+4x96"
-SIZES = ["regnety_32gf", "regnety_64gf", "regnety_128gf", "regnety_256gf", "regnety_10b"]
-
-
-
-
-def of_sizes(*columns):
-    """A case a size, with its values of the columns; the quick suite has SEER's."""
-    rows = zip(SIZES, *columns)
-    return [pytest.param(*row, marks=() if row[0] == "regnety_256gf" else pytest.mark.long)
-            for row in rows]
+GB = 1e9
+PASSES = functools.cache(passes)
 
 
 @pytest.fixture(autouse=True)
 def counted_once(monkeypatch):
     """A network is counted once for all tests."""
     monkeypatch.setattr(plan, "cost", COST)
-
-
-COST = functools.cache(plan.cost)
-
-
-def cost_of(arch, crops=SEER, dtype=torch.bfloat16):
-    return plan.cost(configure({"arch": arch, "crops": crops}), dtype)
-
-
-# ---------------------------------------------------------------------- the plan, against figures
-@pytest.mark.parametrize("arch, small, again, large", of_sizes(
-    [.342, .679, 1.350, 2.689, 19.664], [.455, .905, 1.798, 3.583, 26.215],
-    [.531, 1.056, 2.099, 4.183, 30.61]))
-def test_flops_of_training(arch, small, again, large):
-    """TFLOP an image: 2x160+4x96, the same with activation checkpointing, 2x224+4x96."""
-    of = cost_of(arch, BENCHMARK)
-    assert round(plan.work(of), 3) == small
-    assert round(plan.work(of, checkpointing=True), 3) == again
-    assert plan.work(cost_of(arch)) == pytest.approx(large, abs=0.0051 if large > 10 else 0.00051)
-
-
-@pytest.mark.parametrize("arch, whole, stored, computed", of_sizes(
-    [227, 319, 543, 766, 2068], [30, 41, 69, 95, 250], [21, 29, 46, 65, 174]))
-def test_activations(arch, whole, stored, computed):
-    """MiB an image in bf16. Small parts that are kept once for a batch weigh half in two crops, so
-    the whole lies up to a per cent lower. With checkpointing the largest block is counted with its
-    output's gradient, and the stored part without the output of the last block: the same sum."""
-    of = cost_of(arch, BENCHMARK)
-    assert 0.985 * whole < of.activations / MIB < whole + 0.5
-    assert (of.inputs + of.block) / MIB == pytest.approx(stored + computed, rel=0.04)
-    assert of.inputs / MIB == pytest.approx(stored, rel=0.08)
-
-
-@pytest.mark.parametrize("arch, million", of_sizes(
-    [141.334, 276.458, 637.420, 1272.156, 9323.935]))
-def test_parameters(arch, million):
-    assert cost_of(arch).trunk_params / 1e6 == pytest.approx(million, abs=5e-4)
-
-
-@pytest.mark.parametrize("arch", ["regnety_200mf", "regnetx_200mf",
-                                  pytest.param("resnet50", marks=pytest.mark.long)])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_is_counted_without_memory_is_what_a_step_keeps(arch, checkpointing):
-    """On meta tensors against real ones, the storages that autograd holds after a forward pass."""
-    crops, kept = "2x64+2x32", {}
-    config = configure({"recipe": "demo", "arch": arch, "crops": crops, "head": "16-8",
-                        "prototypes": 4})
-    model = build_method(config)
-    wrap(model, torch.device("cpu"), checkpoint_activations=checkpointing)
-    model.to(memory_format=torch.contiguous_format)
-    owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in owned:
-            kept[tensor.untyped_storage().data_ptr()] = tensor      # held: no address comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = [model.trunk(torch.randn(2, 3, spec.size, spec.size))
-                   for spec in config.crops]
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    of = cost_of(arch, crops, torch.float32)
-    assert len(outputs) == 2
-    assert (of.inputs if checkpointing else of.activations) == measured
-
-
-def test_head_scores_and_loss_are_what_a_step_keeps():
-    """Counted beside what autograd holds between forward and backward, in float32; the two
-    gradients of the scores come later."""
-    config = configure({"recipe": "demo", "head": "64-32", "prototypes": 300, "crops": "2x64+2x32"})
-    model, kept, pictures = build_method(config), {}, 8
-    model.trunk = torch.nn.AdaptiveAvgPool2d(1)             # so that only the head's part is held
-    model.head[0] = torch.nn.Linear(3, 64)
-    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in owned:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    forward = model.forward
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        features = [torch.randn(2 * pictures, 3), torch.randn(2 * pictures, 3)]
-        model.trunk = torch.nn.Identity()
-        _, scores = forward(features)
-        loss = swav_loss(scores, swav_codes(scores, 4), 4)
-    held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + scores.nbytes
-    of = plan.cost(config, torch.float32)
-    planned = plan.memory(of, replace(config, batch_size=pictures), pictures, False, 1,
-                           torch.float32)["head, scores and loss"]
-    gradients, joined = 2 * 4 * 4 * pictures * 300, 4 * 2 * pictures * 300
-    assert loss.requires_grad and held == pytest.approx(planned - gradients - joined, rel=0.02)
-
-
-def test_traffic_of_a_small_case():
-    """Two GPUs, so that a ring sends each byte once: by hand."""
-    config = configure({"recipe": "demo", "arch": "regnety_100mf", "head": "16-8", "prototypes": 10,
-                        "crops": "2x64+4x32", "batch_size": 8, "sync_bn_group": 2})
-    of = plan.cost(config)
-    assert (len(of.norms), of.head_norms) == (1 + 3 * 8 + 3, [16])
-    assert sum(of.norms) == 32 + 3 * (24 + 2 * 64 + 5 * 152) + 24 + 64 + 152
-    sent = plan.traffic(of, config, 4, False, 2)
-    assert sent["gradients"] == 4 * of.params and sent["Sinkhorn"] == 4 * 2 * 10 * 3
-    one_pass, one_back = 4 * (2 * sum(of.norms) + 28), 4 * 2 * sum(of.norms)
-    head_pass, head_back = 4 * (2 * 16 + 1), 4 * 2 * 16
-    assert sent["SyncBatchNorm"] == 2 * one_pass + 2 * one_back + head_pass + head_back
-    accumulating = plan.traffic(of, config, 2, True, 2)["SyncBatchNorm"]    # and checkpointing
-    assert accumulating == 2 * (5 * one_pass + 2 * one_back + 2 * head_pass + head_back)
-    assert plan.traffic(of, replace(config, sync_bn_group=0), 4, False, 2)["SyncBatchNorm"] == 0
+    monkeypatch.setattr(plan, "passes", PASSES)
 
 
 # ------------------------------------------------------------------------- what fits where
@@ -165,7 +47,7 @@ def test_the_micro_batch_is_the_largest_that_fits():
     for checkpointing in (False, True):
         for limit in (40, 80, 140):
             chosen = plan.largest_micro_batch(of, config, checkpointing, 8, limit * GB)
-            sums = {n: sum(plan.memory(of, config, n, checkpointing, 8).values())
+            sums = {n: sum(memory(of, config, n, checkpointing, 8).values())
                     for n in (chosen, 2 * chosen)}
             assert sums[chosen] <= 0.9 * limit * GB < sums[2 * chosen]
 
@@ -196,7 +78,7 @@ def test_a_plan_is_printed(arch, capsys):
     assert text.startswith(f"recipe seer: {arch}, ")
     for part in ("weights, float32", "gradients = communication buffers", "momentum",
                  "activations of the trunk", "TFLOP an image", "no checkpointing",
-                 " checkpointing"):
+                 " checkpointing", "SyncBatchNorm's buffers", "NCCL's buffers"):
         assert part in text
     assert ("does not fit" in text) == (arch == "regnety_10b")
     assert ("images/s" in text) != (arch == "regnety_10b")
@@ -209,16 +91,33 @@ def test_the_plan_of_the_headline(capsys):
     assert rows["batch = GPUs x micro-batches x images"][:5] == ["8", "x", "32", "x", "32"]
     spent = float(rows["TFLOP an image, all passes"][0])
     of = cost_of("regnety_256gf")
-    assert spent == pytest.approx(plan.work(of, accumulating=True), abs=5e-4)
-    rate = 8 * 790 * 0.4 / spent
-    assert float(rows["images/s"][0]) == pytest.approx(rate, abs=0.6)
+    assert spent == pytest.approx(work(of, accumulating=True), abs=5e-4)
+    config = with_length(configure({"arch": "regnety_256gf", "device": "cuda"}, 8), 1_281_167)
+    step = step_time(of, PASSES(config, torch.bfloat16), config, 32, False, 8)
+    rate = float(rows["images/s"][0])
+    assert rate == pytest.approx(8192 / step.total, abs=0.6)
+    assert rows["utilisation: share of the TFLOP/s"][0] == f"{rate * spent / (8 * 790):.0%}"
     assert float(rows["days"][0]) == pytest.approx(1e9 / rate / 86400, abs=0.06)
+    milliseconds = [float(values[0].replace(",", "")) for name, values in rows.items()
+                    if name.startswith("ms a step: ")]
+    assert float(rows["ms a step, sum"][0].replace(",", "")) == pytest.approx(
+        sum(milliseconds), abs=0.5)
+    cores = float(rows["cores a GPU for images of 500 x 375"][0])
+    assert cores == pytest.approx(rate / 8 * 2.0 / 1e3, abs=0.006) and 0.1 < cores < 0.2
+    assert float(rows["cores a GPU for images of 12 megapixels"][0]) == pytest.approx(
+        20 * cores, rel=0.05)
     assert float(rows["GB sent a step: gradients"][0]) == pytest.approx(
         2 * 7 / 8 * 4 * of.params / GB, abs=6e-4)
     parts = [float(values[0]) for name, values in rows.items()
              if name.startswith(("weights", "gradients", "momentum", "activations", "head,",
-                                 "crops,"))]
+                                 "crops,", "SyncBatchNorm's", "NCCL's"))]
     assert float(rows["sum, of at most 72"][0]) == pytest.approx(sum(parts), abs=0.05)
+
+
+def rows_of(text: str, column: int = 0) -> dict[str, str]:
+    """Values of a printed plan's column, by the rows' names."""
+    rows = {row[:42].strip(): row[42 + 18 * column:][:18].strip() for row in text.splitlines()[4:]}
+    return rows | {name.partition(",")[0].partition(" =")[0]: value for name, value in rows.items()}
 
 
 @pytest.mark.long
@@ -230,14 +129,38 @@ def test_the_plans_of_the_docs_are_the_plans():
     for i, arch in enumerate(SIZES):
         text = plan.plan(configure({"arch": arch}, 8), gpu_memory=192 if "10b" in arch else 80)
         for column, line in enumerate(table[2 * i:2 * i + 2]):
-            rows = {row[:42].strip(): row[42 + 18 * column:][:18].strip()
-                    for row in text.splitlines()[4:]}
-            cells = [cell.strip() for cell in line.split("|")][4:]
-            assert cells[:-2] == [
-                rows["activations of the trunk"],
-                next(value for name, value in rows.items() if name.startswith("sum")),
-                rows["batch = GPUs x micro-batches x images"].removeprefix("8 x "),
-                rows["TFLOP an image, all passes"], rows["images/s"], rows["days"]]
+            rows = rows_of(text, column)
+            cells = [cell.strip() for cell in line.split("|")][4:-1]
+            assert cells == [
+                rows["activations of the trunk"], rows["sum"], rows["batch"].removeprefix("8 x "),
+                rows["TFLOP an image, all passes"], rows["images/s"], rows["days"],
+                f"{rows['GB sent a step: gradients']}, {rows['GB sent a step: SyncBatchNorm']}"]
+
+
+PREDICTED = ["regnety_16gf", "regnety_32gf", "regnety_128gf", "regnety_256gf"]
+
+
+def predicted_row(arch: str, gpus: int) -> str:
+    """A row of the docs' table of predicted steps."""
+    rows = rows_of(plan.plan(configure({"arch": arch}, gpus), gpus=gpus))
+    return "| " + " | ".join([
+        arch.removeprefix("regnety_").upper(), rows["batch"], rows["ms a step"],
+        rows["ms a step: convolutions and linear layers"], rows["ms a step: BatchNorm"],
+        rows["ms a step: element by element"], rows["ms a step: augmentation, codes, loss"],
+        rows["ms a step: casts, gradient sums, LARC"],
+        rows["ms a step: SyncBatchNorm and Sinkhorn"], rows["ms of gradients' all-reduce"],
+        rows["utilisation: share of the TFLOP/s"],
+        rows["images/s"], rows["days"], rows["cores a GPU for images of 500 x 375"],
+        rows["cores a GPU for images of 12 megapixels"]]) + " |"
+
+
+@pytest.mark.parametrize("arch", [
+    pytest.param(arch, marks=() if arch == "regnety_256gf" else pytest.mark.long)
+    for arch in PREDICTED])
+def test_the_predictions_of_the_docs_are_the_plans(arch):
+    page = (ROOT / "docs" / "scale.md").read_text().splitlines()
+    for gpus in (8, 64, 512):
+        assert predicted_row(arch, gpus) in page
 
 
 def test_a_plan_follows_what_is_given(tmp_path, capsys):
@@ -268,22 +191,12 @@ def test_a_plan_is_in_the_runs_precision(capsys):
     assert float(rows["fp32"]["weights cast for autocast"]) == 0
 
 
-def test_the_queue_takes_part_in_the_codes():
-    """Scores and codes (A, L, K) of L earlier images, float32, on each of two ranks."""
-    config = configure({"queue": 1000})
-    counted = plan.cost(config)
-    with_queue, without = (plan.memory(counted, replace(config, queue=queue), 8, False, 2)
-                           for queue in (1000, 0))
-    name = "head, scores and loss"
-    assert with_queue[name] - without[name] == 2 * 2 * 500 * config.prototypes * 4
-    assert with_queue | {name: 0} == without | {name: 0}
-
-
 @pytest.mark.parametrize("argv, expected", [
     (["--gpus=0"], "--gpus: '0': needs a whole number from 1 to 100,000"),
     (["--gpus=3"], "--batch-size 8192 is not divisible by 3 processes"),
     (["--tflops=0"], "--tflops: '0': needs"), (["--gpu-memory=nan"], "--gpu-memory: 'nan': needs"),
-    (["--explain"], "not allowed with argument"), (["--utilisation=-1"], "needs a number"),
+    (["--explain"], "not allowed with argument"), (["--bandwidth=-1"], "needs a number"),
+    (["--nvlink=0"], "--nvlink: '0': needs"), (["--network=inf"], "--network: 'inf': needs"),
     (["--micro-batch=3"], "--micro-batch 3 does not divide the 1024 images of a process; 2 does"),
     (["--arch=regnety_257gf"], "unknown arch"), (["--data=nowhere"], "no such folder")])
 def test_a_plan_that_cannot_be_made(argv, expected, capsys):

@@ -1,0 +1,167 @@
+"""Cost: what a step of a run takes: multiply-adds, bytes of memory, bytes sent.
+
+    counted = cost(configure({"arch": "regnety_256gf"}))
+    memory(counted, config, micro_batch=32, checkpointing=False, ranks=8)       # bytes by part
+    traffic(counted, config, 32, False, gpus=8)                                 # bytes by purpose
+
+It counts on the meta device, so neither a GPU nor the network's memory is needed. Its multiply-adds
+are exact; the peak memory of a step is predicted to some per cent (`python -m bench step` measures
+both).
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from distributed.wrap import stages_of, sync_group
+from methods.build import build_method
+from recipes.config import Config
+from regnet import ARCHS, complexity
+from swav import ASSIGNED, assigned_sizes
+
+# NCCL's buffers of one group of ranks: 32 channels, each with a ring and a tree, each of these with
+# the buffers of three protocols (its src/include/device.h; NCCL_BUFFSIZE 4 MiB): an estimate
+NCCL_BUFFERS = 32 * 2 * (4 * 2 ** 20 + 120 * 640 * 8 * 8 + 8 * 512 * 8 * 16)
+
+
+class Cost(NamedTuple):
+    """Of a network: parameters, and BatchNorm layers with their channels. Of one image, over all
+    its crops: multiply-adds of a forward pass, and bytes of the trunk kept for backward."""
+    trunk_params: int
+    params: int                          # of trunk, head and prototypes
+    norms: list[int]                     # channels of the trunk's BatchNorms: one pass a crop size
+    head_norms: list[int]                # of the head's: one pass for all sizes
+    trunk_flops: int
+    flops: int                           # of trunk, head and prototypes
+    assigned_flops: int                  # the same, of those sizes that hold assigned crops
+    activations: int                     # bytes, without checkpointing
+    inputs: int                          # bytes, with it: the inputs of blocks, and the stem
+    block: int                           # bytes, with it: of the largest block, in backward
+
+
+def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
+    """Counted on the meta device: takes a second or two, and no memory, also for 10 billion."""
+    specs, arch, model = config.crops, config.arch, build_method(config, "meta")
+    trunk_params, params = (sum(p.numel() for p in m.parameters()) for m in (model.trunk, model))
+    norms, head_norms = ([m.num_features for m in part.modules() if isinstance(m, _BatchNorm)]
+                         for part in (model.trunk, model.head))
+    linear = (model.prototypes, *(m for m in model.head if isinstance(m, nn.Linear)))
+    head_flops = sum(m.weight.numel() for m in linear)                   # of a crop
+    flops, kept = {}, {}
+    for spec in specs:
+        if arch in ARCHS:
+            flops[spec] = complexity(ARCHS[arch], spec.size, num_classes=0).flops
+        else:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model.trunk(torch.empty(2, 3, spec.size, spec.size, device="meta"))
+            flops[spec] = counter.get_total_flops() // 4         # of two crops; 2 a multiply-add
+        kept[spec] = kept_for_backward(model.trunk, spec.size, dtype)
+    total = sum(spec.count * flops[spec] for spec in specs)
+    views = sum(spec.count for spec in specs)
+    first = assigned_sizes([spec.count for spec in specs])
+    return Cost(
+        trunk_params, params, norms, head_norms, total, total + views * head_flops,
+        sum(spec.count * (flops[spec] + head_flops) for spec in specs[:first]),
+        *(sum(spec.count * kept[spec][i] for spec in specs) for i in (0, 1)),
+        max(spec.count * kept[spec][2] for spec in specs))
+
+
+def kept_for_backward(trunk: nn.Module, size: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes a crop: all that autograd saves; then, with activation checkpointing, what is kept
+    throughout, and the most that one block takes in backward, with the gradient of its output."""
+    trunk = trunk.to(dtype)
+    owned = {t.untyped_storage()._cdata for t in (*trunk.parameters(), *trunk.buffers())}
+    kept, outside, inside, alive = {}, set(), {}, []
+    where = [outside]                    # last: the set of storages that is being filled
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            alive.append(tensor)         # or its address would be given to another one
+            kept[storage._cdata] = storage.nbytes()
+            where[-1].add(storage._cdata)
+        return tensor
+
+    def enter(block, inputs):
+        keep(*inputs)
+        where.append(set())
+
+    def leave(block, inputs, output):
+        storages = where.pop() - outside
+        inside[block] = sum(kept[storage] for storage in storages) + output.nbytes
+
+    hooks = [hook for _, stage in stages_of(trunk) for block in stage for hook in (
+        block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
+    crops = 2                            # BatchNorm wants more than one value of a channel
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trunk(torch.empty(crops, 3, size, size, dtype=dtype, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return (sum(kept.values()) // crops, sum(kept[storage] for storage in outside) // crops,
+            max(inside.values()) // crops)
+
+
+def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ranks: int,
+           dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+    """Bytes at the peak of a step on GPUs, by part."""
+    group, norms = sync_group(config.sync_bn_group, ranks), cost.norms + cost.head_norms
+    views, share = sum(spec.count for spec in config.crops), config.batch_size // ranks
+    pixels = sum(spec.count * 3 * spec.size ** 2 for spec in config.crops)
+    kept = cost.inputs + cost.block if checkpointing else cost.activations
+    rows = share + config.queue // ranks
+    codes = 2 * ASSIGNED * rows * config.prototypes * 4       # scores of the whole share, and codes
+    # of the head in autocast; then in float32 scores, log p, and the gradients of both
+    loss = views * (2 * dtype.itemsize * sum(config.head) + 4 * 4 * config.prototypes)
+    cast = 0 if dtype == torch.float32 else dtype.itemsize * cost.params
+    if checkpointing:   # all are there when forward ends; in backward one block takes their place
+        cast = max(cast - micro_batch * cost.block, 0)
+    return {
+        "weights, float32": 4 * cost.params,
+        "gradients = communication buffers": 4 * cost.params,         # DDP's buckets
+        "momentum": 4 * cost.params,
+        "weights cast for autocast": cast,
+        "activations of the trunk": micro_batch * kept,
+        "head, scores and loss": micro_batch * loss + codes,
+        "crops, uint8 and float32": share * pixels + micro_batch * 4 * pixels,
+        # statistics of the widest layer, from all ranks of the group
+        "SyncBatchNorm's buffers": 4 * group * (2 * max(norms) + 1) if group > 1 else 0,
+        "NCCL's buffers (estimate)": NCCL_BUFFERS * ((ranks > 1) + (group > 1)),
+    }
+
+
+def norm_passes(config: Config, micro_batches: int, checkpointing: bool) -> tuple[int, ...]:
+    """Passes of a step through the BatchNorms: of the trunk forward and backward, then of the
+    head. Each is a collective a layer where they are synchronised."""
+    counts, accumulating = [spec.count for spec in config.crops], micro_batches > 1
+    sizes, first = len(counts), assigned_sizes(counts) * accumulating
+    return (micro_batches * (sizes * (1 + checkpointing) + first), micro_batches * sizes,
+            micro_batches * (1 + accumulating), micro_batches)
+
+
+def traffic(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, gpus: int) -> dict:
+    """Bytes each GPU sends in a step, by purpose; collectives in rings."""
+    micro_batches, ring = config.batch_size // gpus // micro_batch, 2 * (gpus - 1) / gpus
+    group = sync_group(config.sync_bn_group, gpus)
+
+    def forward(norms):             # all-gather of means, deviations and a count
+        return 4 * sum(2 * channels + 1 for channels in norms) * (group - 1)
+
+    def backward(norms):            # all-reduce of two sums
+        return 4 * 2 * sum(norms) * 2 * (group - 1) / group
+
+    trunk_forward, trunk_backward, head_forward, head_backward = norm_passes(
+        config, micro_batches, checkpointing)
+    synchronised = (
+        trunk_forward * forward(cost.norms) + trunk_backward * backward(cost.norms)
+        + head_forward * forward(cost.head_norms) + head_backward * backward(cost.head_norms))
+    return {"gradients": ring * 4 * cost.params, "SyncBatchNorm": synchronised,
+            "Sinkhorn": ring * 4 * ASSIGNED * config.prototypes * config.sinkhorn_iterations}
+
+
+def work(cost: Cost, checkpointing: bool = False, accumulating: bool = False) -> float:
+    """TFLOP an image: 3 forward passes, one more of the trunk with activation checkpointing, and
+    one of the assigned crops where the codes are of several micro-batches."""
+    adds = 3 * cost.flops + checkpointing * cost.trunk_flops + accumulating * cost.assigned_flops
+    return 2 * adds / 1e12
