@@ -10,6 +10,7 @@
     python -m bench features           # evaluate.py's, beside trunk alone and input alone
     python -m bench input              # encoded images to crops, on one core
     python -m bench cache              # large JPEGs, with data/cache.py and without
+    python -m bench run                # train.py as a whole, beside lightly's SwAV
     python -m bench order              # position to image, among a billion
 
 How the times are taken is in timing.py, what they are compared with in baseline.py.
@@ -25,6 +26,7 @@ import torch
 from bench.growth import bench_growth
 from bench.input import bench_cache, bench_features, bench_input, bench_order
 from bench.parts import bench_optimizer, bench_sinkhorn, bench_trunk
+from bench.run import bench_run
 from bench.step import bench_compile, bench_start, bench_step
 from bench.timing import read_results, write_results
 from distributed.hardware import memory_of, pick_device, pick_precision
@@ -42,7 +44,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--help]", description="Measure speed beside the baseline.", allow_abbrev=False)
     parser.add_argument("what", choices=["step", "compile", "trunk", "start", "sinkhorn",
                                          "optimizer", "growth", "features", "input", "cache",
-                                         "order"])
+                                         "run", "order"])
     parser.add_argument("--arch", default="regnety_400mf",
                         help="of step, compile, trunk, start, optimizer and features")
     parser.add_argument("--crops", default="2x160+4x96",
@@ -92,6 +94,7 @@ def measure(args: argparse.Namespace) -> dict:
         "features": lambda: bench_features(args.arch, device, repeats),
         "input": lambda: bench_input(args.crops, repeats),
         "cache": lambda: bench_cache(args.crops, repeats),
+        "run": lambda: bench_run(args.arch, args.crops, repeats),
         "order": lambda: bench_order(repeats)}[args.what]()
 
 
