@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distributed.agreement import disagreement
 from distributed.ranks import barrier, fail_together, gather_lists
 from training.rollback import NotFinite
 from training.run import Run
@@ -59,11 +60,15 @@ class Saver:
         return self.run.rank == 0 and minutes >= self.run.config.save_minutes > 0
 
     def step(self, done: int, force: bool = False) -> None:
-        """Save after so many steps if it is their turn, or by force. Raises Stop where a weight is
-        not finite, which is so on all ranks alike."""
+        """Save after so many steps if it is their turn, or by force. Raises Stop, on all ranks
+        alike and before anything is written, where these hold different weights, or a weight is not
+        finite."""
         run = self.run
         if not (done % run.config.save_every == 0 or force):
             return
+        if difference := disagreement(run.method):
+            raise Stop(f"{difference} at step {done}; they were not saved: the same command goes "
+                       "on from what was saved before")
         norms = torch.stack(torch._foreach_norm(list(run.method.parameters())))
         if not norms.isfinite().all():
             raise NotFinite(f"the weights are not finite at step {done}", run.out)
