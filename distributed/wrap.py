@@ -152,7 +152,7 @@ def compiles_update(device: torch.device) -> bool:
 
 def compile_trunk(trunk: nn.Module, backend="inductor") -> None:
     """Compile a trunk's training pass: one graph per crop size, made in the first step. (The pass
-    for the codes of several micro-batches, which has no gradient, makes another of the first size.)
+    for the codes of several micro-batches, which has no gradient, makes others of its sizes.)
     In eval mode, where sizes may be any, it stays as it is."""
     # DDP would cut the graph at its buckets, which it cannot do in a checkpointed block; gradients
     # are complete only after the last crop size anyway
