@@ -77,11 +77,11 @@ def distribute(model: nn.Module, device: torch.device, compress: bool) -> nn.Mod
     if compress:
         wrapped.register_comm_hook(None, bf16_compress_hook)
     # the last layers' gradients are ready first, as in a real pass
-    forward, model.forward = model.forward, lambda: sum(p.sum() for p in model.parameters())
+    forward, model.forward = model.forward, lambda zero: zero * sum(
+        p.sum() for p in model.parameters())
     for _ in range(2):
         model.zero_grad()
-        zero = wrapped()
-        zero.backward(torch.zeros_like(zero))
+        wrapped(torch.zeros((), device=device)).backward()
     model.forward = forward
     return wrapped
 
