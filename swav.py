@@ -122,10 +122,12 @@ class SwAV(nn.Module):
         if self.queue:
             self.queue.push(self.latest)
 
-    def assigned(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def assigned(self, crops: Sequence[Tensor],
+                 all_crops: bool = False) -> tuple[Tensor, Tensor]:
         """Embeddings (A, B, D), scores (A, B, K) of the assigned crops alone. crops: as forward's;
-        those sizes that hold no assigned crop are not computed."""
-        sizes = assigned_sizes(self.counts)
+        those sizes that hold no assigned crop are computed only where all_crops asks for it, so
+        that a head's BatchNorm has the statistics that it has in forward."""
+        sizes = len(self.counts) if all_crops else assigned_sizes(self.counts)
         computed = sum(self.counts[:sizes])
         return tuple(x.unflatten(0, (computed, -1))[:ASSIGNED].clone() for x in self(crops[:sizes]))
 

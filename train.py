@@ -71,14 +71,14 @@ def step_gradients(run: Run, step: int, micro_batches: list) -> tuple[Tensor, tu
 
     Sinkhorn needs the scores of the WHOLE batch. With several micro-batches a first pass without
     gradient computes them; a second pass goes forward and backward, one micro-batch at a time.
-    With BatchNorm in eval mode the gradient equals that of the joined batch. In training mode the
-    trunk's BatchNorm sees one micro-batch at a time; the head's sees all crops in the second pass,
-    but only the assigned crops in the first.
+    With BatchNorm in eval mode the gradient equals that of the joined batch. In training mode
+    BatchNorm sees one micro-batch at a time; the head's sees all crops in the second pass, so in
+    the first it needs them too (run.all_crops), for the same scores.
     """
     method, n = run.method, len(micro_batches)
     if n > 1:
         with torch.no_grad(), frozen_statistics(method), autocast(run.device, run.dtype):
-            parts = zip(*[method.assigned(crops) for crops in micro_batches])
+            parts = zip(*[method.assigned(crops, run.all_crops) for crops in micro_batches])
         joined = tuple(torch.cat(same, dim=1) for same in parts)        # (A, n*B, D), (A, n*B, K)
         del parts                                               # only the joined scores are kept
         targets = method.targets(joined, step).chunk(n, dim=1)
@@ -165,7 +165,8 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient, compiled=compiles_update(device))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream)
+    run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream,
+              all_crops=config.codes_need_all_crops())
     if state:
         load_run_state(run, state)
     with fail_together():

@@ -6,6 +6,7 @@
     python -m bench start              # from the command to the first step
     python -m bench sinkhorn           # against the textbook loop
     python -m bench optimizer          # LARC, against the plain loop and against its floor
+    python -m bench save               # how long a step waits, beside torch.save in the step
     python -m bench growth             # cost against batch, prototypes, crops, ranks and images
     python -m bench features           # evaluate.py's, beside trunk alone and input alone
     python -m bench input              # encoded images to crops, on one core
@@ -27,6 +28,7 @@ from bench.growth import bench_growth
 from bench.input import bench_cache, bench_features, bench_input, bench_order
 from bench.parts import bench_optimizer, bench_sinkhorn, bench_trunk
 from bench.run import bench_run
+from bench.save import bench_save
 from bench.step import bench_compile, bench_start, bench_step
 from bench.timing import read_results, write_results
 from distributed.hardware import memory_of, pick_device, pick_precision
@@ -43,10 +45,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "python -m bench", usage="python -m bench WHAT [--arch ARCH] [--crops CROPS] [more: see "
         "--help]", description="Measure speed beside the baseline.", allow_abbrev=False)
     parser.add_argument("what", choices=["step", "compile", "trunk", "start", "sinkhorn",
-                                         "optimizer", "growth", "features", "input", "cache",
-                                         "run", "order"])
+                                         "optimizer", "save", "growth", "features", "input",
+                                         "cache", "run", "order"])
     parser.add_argument("--arch", default="regnety_400mf",
-                        help="of step, compile, trunk, start, optimizer and features")
+                        help="of step, compile, trunk, start, optimizer, save and features")
     parser.add_argument("--crops", default="2x160+4x96",
                         help="of step, compile, input and cache; of trunk the first size")
     parser.add_argument("--micro-batch", type=number_in(int, 1, 100_000), default=16,
@@ -86,6 +88,7 @@ def measure(args: argparse.Namespace) -> dict:
         "step": lambda: of_network(bench_step, dtype, args.checkpoint_activations),
         "compile": lambda: of_network(bench_compile, dtype, args.checkpoint_activations),
         "optimizer": lambda: of_network(bench_optimizer),
+        "save": lambda: of_network(bench_save),
         "trunk": lambda: bench_trunk(args.arch, args.micro_batch, first.size,
                                      device, dtype, repeats),
         "start": lambda: bench_start(args.arch),

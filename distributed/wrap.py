@@ -87,11 +87,11 @@ def distribute(model: nn.Module, device: torch.device, compress: bool) -> nn.Mod
     if compress:
         wrapped.register_comm_hook(None, bf16_compress_hook)
     # the last layers' gradients are ready first, as in a real pass
-    forward, model.forward = model.forward, lambda: sum(p.sum() for p in model.parameters())
+    forward, model.forward = model.forward, lambda zero: zero * sum(
+        p.sum() for p in model.parameters())
     for _ in range(2):
         model.zero_grad()
-        zero = wrapped()
-        zero.backward(torch.zeros_like(zero))
+        wrapped(torch.zeros((), device=device)).backward()
     model.forward = forward
     return wrapped
 
@@ -162,7 +162,7 @@ def compiles_update(device: torch.device) -> bool:
 
 def compile_trunk(trunk: nn.Module, backend="inductor") -> None:
     """Compile a trunk's training pass: one graph per crop size, made in the first step. (The pass
-    for the codes of several micro-batches, which has no gradient, makes another of the first size.)
+    for the codes of several micro-batches, which has no gradient, makes others of its sizes.)
     In eval mode, where sizes may be any, it stays as it is."""
     # DDP would cut the graph at its buckets, which it cannot do in a checkpointed block; gradients
     # are complete only after the last crop size anyway

@@ -12,8 +12,9 @@ tuple of tensors whose rows are crop-major; A views of an image have targets, B 
     before_step(step), after_step(step): before and after the optimizer's; after_step only where
         the step was not skipped
     statistics(outputs, loss) -> numbers for the log;  state_dict(), load_state_dict()
-    assigned(crops) -> outputs (A, B, ...) of the views that have targets, which targets takes too:
-        for a batch in several micro-batches, whose images are joined along the second dimension
+    assigned(crops, all_crops) -> outputs (A, B, ...) of the views that have targets, which targets
+        takes too: for a batch in several micro-batches, whose images are joined along the second
+        dimension. all_crops: whether all go through the network, as BatchNorm of the head needs it
     .trunk, the product; .queue, a swav.Queue or None
 
 What targets changes is a buffer, or is overwritten at the next step: so a skipped step leaves no

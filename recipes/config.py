@@ -110,6 +110,10 @@ class Config:
     epsilon: float = option(0.05, "Sinkhorn's softness of the codes (SEER-10B: 0.03)", 1e-3, 10)
     sinkhorn_iterations: int = option(10, "Sinkhorn iterations (SwAV: 3)", 1, 1000)
     hard: bool = option(False, "one-hot codes")
+    codes_from_all_crops: bool | None = option(
+        None, "of a batch in several micro-batches: all crops, not the assigned ones alone, go "
+              "through the pass that makes the codes, for a head's BatchNorm (7 % more "
+              "multiply-adds for 2x224+4x96); None: where the head has BatchNorm")
     temperature: float = option(0.1, "temperature of the predictions", 1e-3, 10)
     queue: int = option(0, "embeddings kept for Sinkhorn, over all ranks; used once full", 0,
                         10_000_000)
@@ -188,6 +192,10 @@ class Config:
         """Plain values, as config.json and checkpoints hold them; Config(**these) is the same."""
         return {field.name: self.text(field.name) if field.name in WRITTEN else
                 getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def codes_need_all_crops(self) -> bool:
+        wanted = self.codes_from_all_crops
+        return self.head_bn if wanted is None else wanted
 
     def peak_lr(self) -> float:
         return self.lr * self.batch_size / 256

@@ -25,10 +25,10 @@ def tiny(device="cpu", **changes) -> SwAV:
                         device)
 
 
-def run_of(method, wrapped=None, dtype=torch.float32) -> Run:
+def run_of(method, wrapped=None, dtype=torch.float32, all_crops=False) -> Run:
     device = method.prototypes.weight.device
     return Run(method, wrapped or method, device, dtype,
-               torch.amp.GradScaler(device.type, enabled=False))
+               torch.amp.GradScaler(device.type, enabled=False), all_crops=all_crops)
 
 
 def images(count, seed=0):
@@ -99,9 +99,34 @@ def test_codes_of_each_micro_batch_alone_would_differ():
         assert_close({name: grad / 4 for name, grad in apart.items()}, expected, tolerance=0.01)
 
 
-def test_the_first_pass_touches_no_buffer_and_the_second_each_once():
+@pytest.mark.parametrize("all_crops, same", [(True, True), (False, False)])
+def test_codes_are_of_the_scores_that_the_loss_sees(all_crops, same):
+    """With BatchNorm in training, also in the head. The oracle goes through the micro-batches once,
+    makes the codes from these very scores, and goes backward through all. Of the assigned crops
+    alone a head's BatchNorm has other statistics, so codes and gradients are others."""
+    model, other, joined = tiny(head_bn=True), tiny(head_bn=True), images(12)
+    outputs = [other(micro_batch)[1].unflatten(0, (5, -1)) for micro_batch in cut(joined, 3)]
+    expected = swav_codes(torch.cat(outputs, 1).flatten(0, 1), 5)           # (2, 12, 12)
+    losses = [swav_loss(scores.flatten(0, 1), codes, 5)
+              for scores, codes in zip(outputs, expected.chunk(3, 1))]
+    (sum(losses) / 3).backward()
+    made, targets = [], model.targets
+    model.targets = lambda *args: made.append(targets(*args)) or made[0]
+    total, _ = step_gradients(run_of(model, all_crops=all_crops), 0, cut(joined, 3))
+    if same:
+        torch.testing.assert_close(made[0], expected, rtol=1e-4, atol=1e-6)
+        assert total == pytest.approx(sum(losses).item() / 3, rel=1e-6)
+        assert_close(gradients(model), gradients(other), tolerance=1e-4)
+    else:
+        assert (made[0] - expected).norm() > 0.1 * expected.norm()
+        with pytest.raises(AssertionError):
+            assert_close(gradients(model), gradients(other), tolerance=0.01)
+
+
+@pytest.mark.parametrize("all_crops", [False, True])
+def test_the_first_pass_touches_no_buffer_and_the_second_each_once(all_crops):
     model, other, joined = tiny(head_bn=True), tiny(head_bn=True), images(8)
-    step_gradients(run_of(model), 0, cut(joined, 4))
+    step_gradients(run_of(model, all_crops=all_crops), 0, cut(joined, 4))
     for micro_batch in cut(joined, 4):
         other(micro_batch)
     for (name, buffer), (_, expected) in zip(model.named_buffers(), other.named_buffers()):

@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distributed.agreement import disagreement
 from distributed.ranks import barrier, fail_together, gather_lists
 from training.rollback import NotFinite
 from training.run import Run
 from training.signals import Stop
+from training.snapshot import Snapshot
 from weights.atomic import load, save
 from weights.load import load_weights
 
@@ -58,17 +60,21 @@ class Saver:
         return self.run.rank == 0 and minutes >= self.run.config.save_minutes > 0
 
     def step(self, done: int, force: bool = False) -> None:
-        """Save after so many steps if it is their turn, or by force. Raises Stop where a weight is
-        not finite, which is so on all ranks alike."""
+        """Save after so many steps if it is their turn, or by force. Raises Stop, on all ranks
+        alike and before anything is written, where these hold different weights, or a weight is not
+        finite."""
         run = self.run
         if not (done % run.config.save_every == 0 or force):
             return
+        if difference := disagreement(run.method):
+            raise Stop(f"{difference} at step {done}; they were not saved: the same command goes "
+                       "on from what was saved before")
         norms = torch.stack(torch._foreach_norm(list(run.method.parameters())))
         if not norms.isfinite().all():
             raise NotFinite(f"the weights are not finite at step {done}", run.out)
         state, self.saved, self.clock = run_state(run, done), done, time.monotonic()
         if run.rank == 0:
-            self.writer.save(state, run.method.trunk.state_dict())
+            self.writer.save(state)
 
     def finish(self, done: int) -> None:
         """Save what is not saved yet, and wait until it is on the disk, on all ranks. Raises Stop
@@ -82,11 +88,13 @@ class Saver:
 
 
 class Writer:
-    """Saves in the background, from a snapshot: training waits for the copy alone.
+    """Saves in the background, from a snapshot: training waits for the copy alone, and for the save
+    before where it is not written yet.
 
-    trunk.pt, and checkpoint.pt, whose predecessor stays as checkpoint-STEP.pt: of these the last
-    `keep` - 1, and every one whose step is a multiple of `keep_every`. A save that fails leaves
-    all as it was; `error` says why, until one succeeds, and `errors` all that went wrong.
+    trunk.pt, what state["model"] has under trunk., and checkpoint.pt, whose predecessor stays as
+    checkpoint-STEP.pt: of these the last `keep` - 1, and every one whose step is a multiple of
+    `keep_every`. A save that fails leaves all as it was; `error` says why, until one succeeds, and
+    `errors` all that went wrong.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2, keep_every: int = 0,
@@ -94,6 +102,7 @@ class Writer:
         """step: of the checkpoint.pt that is there; None where there is none, or a damaged one."""
         self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
         self.step, self.error, self.errors, self.thread = step, "", [], None
+        self.snapshot = Snapshot()
 
     def __enter__(self) -> "Writer":
         return self
@@ -101,10 +110,9 @@ class Writer:
     def __exit__(self, *_) -> None:
         self.wait()
 
-    def save(self, state: dict, trunk: dict) -> None:
+    def save(self, state: dict) -> None:
         self.wait()
-        snapshot = _snapshot(state), _snapshot(trunk)
-        self.thread = threading.Thread(target=self._write, args=snapshot)
+        self.thread = threading.Thread(target=self._write, args=[self.snapshot.take(state)])
         self.thread.start()
 
     def wait(self) -> None:
@@ -117,10 +125,13 @@ class Writer:
         taken, self.errors = self.errors, []
         return taken
 
-    def _write(self, state: dict, trunk: dict) -> None:
+    def _write(self, state: dict) -> None:
         last = self.folder / "checkpoint.pt"
         product, first = self.folder / "trunk.pt", self.step is None
+        trunk = {name.removeprefix("trunk."): value for name, value in state["model"].items()
+                 if name.startswith("trunk.")}
         try:
+            self.snapshot.wait()
             if not first:               # else after it: no product is without its checkpoint
                 save(product, trunk)
             if self.step is not None and last.exists():
@@ -141,15 +152,6 @@ class Writer:
         except Exception as error:      # no one else would see a thread's error
             self.error = str(error) or type(error).__name__
             self.errors.append(self.error)
-
-
-def _snapshot(tree):
-    """A copy of all tensors, on the CPU."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _snapshot(value) for key, value in tree.items()}
-    return [_snapshot(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
 def run_state(run: Run, step: int) -> dict:

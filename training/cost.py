@@ -35,7 +35,7 @@ class Cost(NamedTuple):
     head_norms: list[int]                # of the head's: one pass for all sizes
     trunk_flops: int
     flops: int                           # of trunk, head and prototypes
-    assigned_flops: int                  # the same, of those sizes that hold assigned crops
+    first_flops: int                     # the same, of those sizes that the codes are made from
     activations: int                     # bytes, without checkpointing
     inputs: int                          # bytes, with it: the inputs of blocks, and the stem
     block: int                           # bytes, with it: of the largest block, in backward
@@ -60,12 +60,18 @@ def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
         kept[spec] = kept_for_backward(model.trunk, spec.size, dtype)
     total = sum(spec.count * flops[spec] for spec in specs)
     views = sum(spec.count for spec in specs)
-    first = assigned_sizes([spec.count for spec in specs])
+    first = first_sizes(config)
     return Cost(
         trunk_params, params, norms, head_norms, total, total + views * head_flops,
         sum(spec.count * (flops[spec] + head_flops) for spec in specs[:first]),
         *(sum(spec.count * kept[spec][i] for spec in specs) for i in (0, 1)),
         max(spec.count * kept[spec][2] for spec in specs))
+
+
+def first_sizes(config: Config) -> int:
+    """Of the crop sizes, how many go through the first pass of accumulation, for the codes."""
+    counts = [spec.count for spec in config.crops]
+    return len(counts) if config.codes_need_all_crops() else assigned_sizes(counts)
 
 
 def kept_for_backward(trunk: nn.Module, size: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -135,7 +141,7 @@ def norm_passes(config: Config, micro_batches: int, checkpointing: bool) -> tupl
     """Passes of a step through the BatchNorms: of the trunk forward and backward, then of the
     head. Each is a collective a layer where they are synchronised."""
     counts, accumulating = [spec.count for spec in config.crops], micro_batches > 1
-    sizes, first = len(counts), assigned_sizes(counts) * accumulating
+    sizes, first = len(counts), first_sizes(config) * accumulating
     return (micro_batches * (sizes * (1 + checkpointing) + first), micro_batches * sizes,
             micro_batches * (1 + accumulating), micro_batches)
 
@@ -162,6 +168,6 @@ def traffic(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, g
 
 def work(cost: Cost, checkpointing: bool = False, accumulating: bool = False) -> float:
     """TFLOP an image: 3 forward passes, one more of the trunk with activation checkpointing, and
-    one of the assigned crops where the codes are of several micro-batches."""
-    adds = 3 * cost.flops + checkpointing * cost.trunk_flops + accumulating * cost.assigned_flops
+    one for the codes of several micro-batches."""
+    adds = 3 * cost.flops + checkpointing * cost.trunk_flops + accumulating * cost.first_flops
     return 2 * adds / 1e12

@@ -32,6 +32,7 @@ class Run:
     config: Config | None = None
     stream: Stream | None = None
     batches: Loader | None = None
+    all_crops: bool = False             # go through the pass that makes a step's codes
     probe: Probe | None = None
     start: int = 0                      # steps done before
     saved: int | None = None            # step of an undamaged checkpoint.pt

@@ -26,8 +26,8 @@ from distributed.wrap import bucket_size, sync_group
 from methods.build import build_method
 from multicrop import CropSpec
 from recipes.config import Config
-from swav import ASSIGNED, assigned_sizes, swav_loss
-from training.cost import Cost, norm_passes, traffic, work
+from swav import ASSIGNED, swav_loss
+from training.cost import Cost, first_sizes, norm_passes, traffic, work
 
 NODE = 8                     # GPUs
 # seconds of a small collective: in a node; more for each doubling of the nodes (both assumed)
@@ -102,7 +102,7 @@ def computing(counted: Passes, config: Config, images: int, n: int, checkpointin
     specs, views = config.crops, sum(spec.count for spec in config.crops)
     trunk = {spec: without_elementwise(operations) if config.compile else operations
              for spec, operations in counted.trunk.items()}
-    first = specs[:assigned_sizes([spec.count for spec in specs])] if n > 1 else ()
+    first = specs[:first_sizes(config)] if n > 1 else ()
     seconds = dict.fromkeys(KINDS.values(), 0.0)
     for kind, name in KINDS.items():
         for spec, operations in [*trunk.items(), (None, counted.head)]:

@@ -99,6 +99,17 @@ def check_step(out, arch, checkpointing):
     assert result["ratio"] == result["step, ms"]["baseline"] / result["step, ms"]["ours"]
 
 
+def test_a_save_is_measured(tmp_path, capsys, quick):
+    out = tmp_path / "bench.json"
+    main(["save", "--arch=regnety_100mf", "--device=cpu", "--repeats=1", f"--out={out}"])
+    result, = json.loads(out.read_text())
+    assert min(result[name] for name in ("first stall", "stall", "write", "torch.save")) > 0
+    numbers = sum(p.numel() for p in build_method(configure(
+        {"arch": "regnety_100mf", "head": "32-16", "prototypes": 12})).parameters())
+    assert 8 * numbers < result["bytes"] < 9 * numbers              # weights and momentum
+    assert "torch.save in the step" in capsys.readouterr().out
+
+
 @pytest.mark.long
 def test_a_step_is_measured(tmp_path, capsys, quick):
     out = tmp_path / "new" / "bench.json"

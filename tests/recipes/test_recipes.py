@@ -218,6 +218,7 @@ def test_every_field_is_an_option_with_a_help_text(capsys):
     (["--lr=3"], {"lr": 3.0}), (["--head=8-4"], {"head": "8-4"}),
     (["--epochs", "2"], {"epochs": 2.0}), (["--no-head-bn"], {"head_bn": False}),
     (["--compile"], {"compile": True}),
+    (["--no-codes-from-all-crops"], {"codes_from_all_crops": False}),
     (["--no-checkpoint-activations"], {"checkpoint_activations": False})])
 def test_options_have_the_types_of_their_fields(argv, expected):
     given = parse_arguments(argv)

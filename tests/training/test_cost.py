@@ -124,8 +124,15 @@ def test_traffic_of_a_small_case():
     one_pass, one_back = 4 * (2 * sum(of.norms) + 28), 4 * 2 * sum(of.norms)
     head_pass, head_back = 4 * (2 * 16 + 1), 4 * 2 * 16
     assert sent["SyncBatchNorm"] == 2 * one_pass + 2 * one_back + head_pass + head_back
-    accumulating = cost.traffic(of, config, 2, True, 2)["SyncBatchNorm"]    # and checkpointing
-    assert accumulating == 2 * (5 * one_pass + 2 * one_back + 2 * head_pass + head_back)
+    for all_crops, first in ((None, 2), (False, 1)):        # sizes; and checkpointing: twice two
+        config = replace(config, codes_from_all_crops=all_crops)
+        accumulating = cost.traffic(of, config, 2, True, 2)["SyncBatchNorm"]
+        assert accumulating == 2 * ((4 + first) * one_pass + 2 * one_back + 2 * head_pass
+                                    + head_back)
+        once = cost.cost(config)
+        added = cost.work(once, accumulating=True) - cost.work(once)
+        assert added == pytest.approx(2e-12 * once.first_flops)
+        assert (once.first_flops == of.flops) == (first == 2)
     assert cost.traffic(of, replace(config, sync_bn_group=0), 4, False, 2)["SyncBatchNorm"] == 0
 
 

@@ -169,11 +169,11 @@ def test_a_step_is_dropped_between_two_micro_batches(few_photos, tmp_path, monke
     run(few_photos, tmp_path / "whole", *options)
     calls, assigned = [], SwAV.assigned
 
-    def signal_in_the_third_step(self, crops):
+    def signal_in_the_third_step(self, *crops):
         calls.append(1)
         if len(calls) == 2 * 4 + 2:
             os.kill(os.getpid(), signal.SIGHUP)
-        return assigned(self, crops)
+        return assigned(self, *crops)
 
     capfd.readouterr()
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:

@@ -24,6 +24,7 @@ from multicrop import MultiCrop, Photometric, parse_crops
 from recipes.command_line import configure, parse_arguments
 from recipes.config import with_length
 from regnet import ARCHS, RegNet
+from swav import SwAV
 from tests.helpers import SMALL, equal, log_of, refuse, run, write_pictures
 from training import monitor
 from weights.atomic import load, save
@@ -169,6 +170,19 @@ def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
                               for weights in (saved, model.state_dict(), begin))
         moved = (plain - start).norm()
         assert moved > 1e-3 * start.norm() and (ours - plain).norm() < 0.03 * moved, part
+
+
+@pytest.mark.parametrize("options, expected", [
+    ([], True), (["--no-head-bn"], False),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (
+        (["--no-codes-from-all-crops"], False),
+        (["--no-head-bn", "--codes-from-all-crops"], True)))])
+def test_codes_are_from_all_crops_where_the_head_has_batchnorm(options, expected, photos, tmp_path,
+                                                               monkeypatch):
+    seen, assigned = [], SwAV.assigned
+    monkeypatch.setattr(SwAV, "assigned", lambda *args: seen.append(args[2]) or assigned(*args))
+    run(photos, tmp_path / "run", "--steps=1", "--micro-batch=2", *options)
+    assert seen == [expected] * 2
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHS))

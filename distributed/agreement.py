@@ -1,0 +1,57 @@
+"""Agreement: whether all ranks hold the same weights, to the bit.
+
+    if difference := disagreement(model):               # "", or a sentence that names the tensor
+        raise RuntimeError(difference)
+
+Data-parallel ranks start from the same weights, and add the same gradients to them. A bit that
+flips in the memory of one GPU, or a kernel that rounds otherwise on one, is never repaired: the
+ranks average gradients of different networks, and no error tells.
+
+Each tensor is summed as integers, on its device: any single number that differs changes the sum.
+"""
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distributed.ranks import rank_and_world
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}      # by bytes
+
+
+def disagreement(model: nn.Module) -> str:
+    """The first parameter or buffer that is not the same on all ranks, in words; "" where there is
+    none. A collective; a sync point."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return ""
+    tensors = shared_tensors(model)
+    sums = torch.stack([checksum(x) for x in tensors.values()])                 # (tensors,)
+    of_ranks = [torch.empty_like(sums) for _ in range(world)]
+    dist.all_gather(of_ranks, sums)
+    of_ranks = torch.stack(of_ranks).cpu()                                      # (ranks, tensors)
+    usual = of_ranks.mode(0).values
+    differing = (of_ranks != usual).any(0).nonzero().flatten().tolist()
+    if not differing:
+        return ""
+    first = differing[0]
+    others = (of_ranks[:, first] != usual[first]).nonzero().flatten().tolist()
+    return (f"the ranks hold different weights: {list(tensors)[first]} of rank "
+            f"{', '.join(map(str, others))} is not that of the others ({len(differing)} of "
+            f"{len(tensors)} tensors differ)")
+
+
+def checksum(x: Tensor) -> Tensor:
+    """int64, without a sync point."""
+    return x.detach().view(INTEGERS[x.element_size()]).sum(dtype=torch.int64)
+
+
+def shared_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, without the running statistics of BatchNorm where ranks have
+    their own: where it is not synchronised over all of them."""
+    own = set()
+    for prefix, module in model.named_modules():
+        group = getattr(module, "process_group", None)
+        if group is None or dist.get_world_size(group) < dist.get_world_size():
+            own |= {f"{prefix}.running_mean".strip("."), f"{prefix}.running_var".strip(".")}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: x for name, x in named if name not in own}

@@ -1,0 +1,52 @@
+"""Snapshot: a copy of a run's state on the host, into memory that is used again.
+
+    snapshot = Snapshot()
+    state = snapshot.take({"step": 7, "model": model.state_dict()})     # the only stall of a save
+    ...                                                 # training goes on
+    snapshot.wait()                                     # by the thread that writes: it is there
+    torch.save(state, path)
+
+From a GPU the copies go into pinned memory, in order with the work on the current stream: nothing
+waits on the host, and what a later step changes comes after the copy. The first snapshot allocates
+as much as the tensors take (pinned, PyTorch rounds each up to a power of two); later ones nothing.
+"""
+import torch
+from torch import Tensor
+
+
+class Snapshot:
+    """One at a time: take overwrites the tensors of the snapshot before."""
+
+    def __init__(self):
+        self.buffers, self.copied = {}, None
+
+    def take(self, state: dict) -> dict:
+        """state, of dicts, lists, tensors and plain values, with copies of the tensors."""
+        before, self.buffers, self.copied = self.buffers, {}, None
+        copy = self._copy(state, (), before)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self.copied = torch.cuda.current_stream().record_event()
+        return copy
+
+    def wait(self) -> None:
+        """Until the copies are complete."""
+        if self.copied:
+            self.copied.synchronize()
+
+    def _copy(self, tree, place: tuple, before: dict):
+        """place: the keys that lead to the tree, by which its buffers are found again."""
+        if isinstance(tree, Tensor):
+            buffer, wanted = before.get(place), torch.empty_like(tree, device="meta")
+            if buffer is None or kind(buffer) != kind(wanted):
+                buffer = torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda)
+            self.buffers[place] = buffer.copy_(tree.detach(), non_blocking=tree.is_cuda)
+            return buffer
+        if isinstance(tree, dict):
+            return {key: self._copy(value, (*place, key), before) for key, value in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return [self._copy(value, (*place, i), before) for i, value in enumerate(tree)]
+        return tree
+
+
+def kind(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.stride()
