@@ -56,7 +56,7 @@ def attributes_read(tree: ast.AST) -> set[str]:
 def test_every_field_of_the_configuration_is_read_somewhere():
     """Where it has an effect: what checks, prints or explains the configuration does not count."""
     files = ["train.py", *ROOT.glob("training/*.py"), "methods/build.py", "evaluation/probe.py",
-             "evaluation/summary.py", "recipes/input.py"]
+             "evaluation/summary.py", "recipes/input.py", "recipes/machine.py"]
     trees = [ast.parse((ROOT / name).read_text()) for name in files]
     trees += [node for node in ast.parse((ROOT / "recipes" / "config.py").read_text()).body
               if getattr(node, "name", "") in ("Config", "with_length")]
