@@ -60,7 +60,7 @@ def choose(config: Config, device: torch.device, dtype: torch.dtype,
     found = []
     with fail_together():
         if is_main():
-            threads = (config.threads or processors()) if device.type == "cpu" else 0
+            threads = config.threads or (processors() if device.type == "cpu" else 0)
             set_machine(device, threads)
             found = [(*fastest(config, device, dtype, clock), threads)]
     (variant, text, threads), = gather_lists(found)

@@ -126,7 +126,7 @@ def test_what_has_no_room_is_not_taken():
 
 
 def test_passes_are_of_the_runs_own_trunk_and_crops(monkeypatch):
-    """Without padding's arch there is no quick one: the smallest is given odd widths."""
+    """In both layouts, with what was asked for. The smallest network is given odd widths."""
     monkeypatch.setitem(ARCHS, "regnety_100mf", ODD)
     config = dataclasses.replace(config_of("regnety_100mf", 3, crops="2x48+1x32", pad_widths=True),
                                  checkpoint_activations=True)
