@@ -32,7 +32,7 @@ from recipes.input import LONG
 from recipes.medium import training_flops
 from regnet import ARCHS
 
-LIMIT, CPU_LIMIT = 60.0, 10.0           # seconds: nothing is tried that may end later
+LIMIT, CPU_LIMIT = 60.0, 10.0           # seconds: nothing is tried that may take longer
 PASSES = 3                   # that are timed, after one that is not; the fastest counts
 SHARE = 0.1                  # of the limit, after which a variant is not timed again
 GAIN = 1.1                   # times as fast as the usual way, or that stays
@@ -60,7 +60,7 @@ def choose(config: Config, device: torch.device, dtype: torch.dtype,
     found = []
     with fail_together():
         if is_main():
-            threads = (config.threads or processors()) if device.type == "cpu" else 0
+            threads = config.threads or (processors() if device.type == "cpu" else 0)
             set_machine(device, threads)
             found = [(*fastest(config, device, dtype, clock), threads)]
     (variant, text, threads), = gather_lists(found)
@@ -127,11 +127,11 @@ def images_of(config: Config, device: torch.device) -> int:
 
 def measure(config: Config, device: torch.device, dtype: torch.dtype, variant: Variant,
             clock: Callable[[], float], end: float) -> float:
-    """Seconds of a pass; infinity where memory has no room for it. No further pass begins when the
-    clock is at end."""
+    """Seconds of a pass; infinity where it fails, as where memory has no room for it. No further
+    pass begins when the clock is at end."""
     torch.backends.cudnn.benchmark, seconds = variant.cudnn_benchmark, math.inf
     try:
-        trunk, crops = prepared(config, device, variant)
+        trunk, crops, held = prepared(config, device, variant)
         one_pass(trunk, crops, device, dtype)
         for _ in range(PASSES):
             start = clock()
@@ -139,21 +139,24 @@ def measure(config: Config, device: torch.device, dtype: torch.dtype, variant: V
             seconds = min(seconds, clock() - start)
             if clock() >= end:
                 break
-    except torch.OutOfMemoryError:
+    except RuntimeError:                # OutOfMemoryError is one; cuDNN may have no algorithm
         return math.inf
     return seconds
 
 
 def prepared(config: Config, device: torch.device, variant: Variant
-             ) -> tuple[nn.Module, list[Tensor]]:
-    """A trunk as wrap leaves it, and noise for each crop size."""
+             ) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """A trunk as wrap leaves it; noise for each crop size; the memory of the optimizer's momentum,
+    so that what has no room in the run has none here."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         trunk = build_trunk(config.arch)
         crops = [torch.randn(spec.count * images_of(config, device), 3, spec.size, spec.size)
                  for spec in config.crops]
     arrange(trunk, device, bool(config.checkpoint_activations), variant.channels_last,
             variant.pad_widths)
-    return trunk, [x.to(memory_format=layout(device, variant.channels_last)) for x in crops]
+    form = layout(device, variant.channels_last)
+    return (trunk, [x.to(memory_format=form) for x in crops],
+            [torch.empty_like(p) for p in trunk.parameters()])
 
 
 def one_pass(trunk: nn.Module, crops: list[Tensor], device: torch.device,
@@ -169,7 +172,7 @@ def one_pass(trunk: nn.Module, crops: list[Tensor], device: torch.device,
 def table(seconds: dict[Variant, float], best: Variant, images: int, spent: float) -> str:
     """What was measured, the chosen one marked."""
     lines = [f"  {str(variant):<42}" + (f"{1e3 * took:>9.1f} ms" if took < math.inf else
-                                        "has no room") + "  chosen" * (variant == best)
+                                        "does not run") + "  chosen" * (variant == best)
              for variant, took in seconds.items()]
     return "\n".join([f"the trunk forward and backward, {images} images, measured in {spent:.1f} s "
                       "(kept for the whole run):", *lines])

@@ -18,7 +18,7 @@ from tests.evaluation.conftest import QUICK, RANDOM, normalised
 from weights.atomic import load
 
 TRAIN = ["--recipe=demo", "--crops=2x32+2x16", "--steps=2", "--batch-size=4", "--workers=0",
-         "--device=cpu", "--prototypes=7", "--head=16-8"]
+         "--device=cpu", "--prototypes=7", "--head=16-8", "--channels-last", "--threads=1"]
 
 
 def test_features_go_to_a_file_and_are_resumed(classes, tmp_path, command, refused):

@@ -190,7 +190,7 @@ def test_two_ranks_measure_a_run_as_one(shades, tmp_path):
     run = tmp_path / "run"
     train.main([f"--data={shades}", f"--out={run}", "--recipe=demo", "--crops=2x32+2x16",
                 "--steps=2", "--batch-size=4", "--workers=0", "--device=cpu", "--prototypes=7",
-                "--head=16-8"])
+                "--head=16-8", "--channels-last", "--threads=1"])
     (shades / "val" / "3" / "1.png").write_bytes(b"no")
 
     def argv(what, out, *more):

@@ -123,6 +123,7 @@ def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
     options = ["--steps=4", "--lr=300", "--seed=2", *options]
     run(photos, tmp_path / "run", *options)
     config = with_length(configure(parse_arguments([*SMALL, *options])), 30)
+    torch.set_num_threads(config.threads)           # as many: sums round alike
     model = build_method(config).to(memory_format=torch.channels_last)
     optimizer = LARC(model.parameters(), 0.0, config.momentum, config.weight_decay,
                      config.trust_coefficient)
