@@ -51,7 +51,8 @@ class LARC(torch.optim.Optimizer):
         if not all(0 <= x < math.inf for x in numbers.values()):
             raise ValueError(f"LARC takes finite numbers of at least 0, not {numbers}")
         super().__init__(params, numbers)
-        self.compiled, self.update = compiled, torch.compile(update) if compiled else update
+        self.compiled = compiled
+        self.update = torch.compile(update, dynamic=False) if compiled else update
 
     @torch.no_grad()
     def step(self, closure=None, gradient_norms: Tensor | None = None):

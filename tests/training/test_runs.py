@@ -173,6 +173,22 @@ def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
         assert moved > 1e-3 * start.norm() and (ours - plain).norm() < 0.03 * moved, part
 
 
+def test_compressed_gradients_are_passed_on(photos, tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def reached(*args):
+        raise Reached(args[-1])
+
+    monkeypatch.setattr(train, "wrap", reached)
+    for option, expected in ((["--compress-gradients"], True), ([], False)):
+        config = configure(parse_arguments([f"--data={photos}", f"--out={tmp_path / 'run'}",
+                                            *SMALL, "--steps=1", *option]))
+        with pytest.raises(Reached) as seen:
+            train.setup(config, open_images(str(photos)))
+        assert seen.value.args == (expected,)
+
+
 @pytest.mark.parametrize("options, expected", [
     ([], True), (["--no-head-bn"], False),
     *(pytest.param(*case, marks=pytest.mark.long) for case in (
