@@ -70,7 +70,8 @@ def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype) -> Config:
 def fit_ranks(config: Config, device: torch.device, dtype: torch.dtype) -> Config:
     """fit, for the ranks that there are: the smallest memory of all counts. A collective."""
     limit = min(gather_lists([memory_of(device)]))
-    return fit(config, rank_and_world()[1], limit, dtype)
+    fitted = fit(replace(config, device=device.type), rank_and_world()[1], limit, dtype)
+    return replace(fitted, device=config.device)
 
 
 def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memory: float = 80.0,
