@@ -105,14 +105,15 @@ class Counter(TorchDispatchMode):
         return results
 
     def product(self, a: Tensor, b: Tensor, output: Tensor) -> None:
-        """Of maps a (crops, ...), b weights and output; or of a linear layer's gradients."""
-        weight = next((t for t in (b, output) if self.rows not in (len(t), t.shape[-1])), b)
-        maps = [t for t in (a, b, output) if t is not weight]
+        """A convolution of maps a with weights b; or a product of matrices, two of which have a row
+        or a column for each crop, and the third is a weight or its gradient."""
         if a.dim() == 2:
             flops = 2 * a.numel() * b.shape[1]
+            weight = next(t for t in (b, output) if self.rows not in t.shape)
         else:
-            flops = 2 * output.numel() * b.numel() // len(b)
-        self.add("product", flops, sum(map(size_of, maps)), size_of(weight))
+            flops, weight = 2 * output.numel() * b.numel() // len(b), b
+        maps = sum(size_of(t) for t in (a, b, output) if t is not weight)
+        self.add("product", flops, maps, size_of(weight))
 
     def add(self, kind: str, flops: float, maps: float, weights: float) -> None:
         rows = self.rows

@@ -24,6 +24,8 @@ if what == "hangs":
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     open(more[0], "w").write(str(child.pid))
     time.sleep(100)
+if what == "damaged":
+    sys.exit(open(more[-1].split("=")[1], "w").write("[{") and 0)
 json.dump([{"answer": 42 if what == "works" else None}], open(more[-1].split("=")[1], "w"))
 """
 
@@ -38,7 +40,7 @@ def wait_until_ended(pid: int) -> None:
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     """In child processes, which are no part of the benchmark: one works, one raises, one is killed
-    as where memory is short, one hangs with a child of its own, one has another result."""
+    as where memory is short, one hangs with a child of its own, two leave other results."""
     (tmp_path / "a_part.py").write_text(STUB)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pid, out = tmp_path / "pid", tmp_path / "new" / "bench.json"
@@ -49,22 +51,24 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypat
     monkeypatch.setattr(gpu, "parts", lambda device_type: [
         gpu.Part(f"{what} on {device_type}", ["a_part", what, str(pid)], seconds, told)
         for what, seconds in (("raises", 60), ("killed", 60), ("hangs", 3), ("odd", 60),
-                              ("works", 60))])
+                              ("damaged", 60), ("works", 60))])
     main(["gpu", "--device=cpu", f"--out={out}"])
     result, = json.loads(out.read_text())
-    raised, killed, hung, odd, worked = result["parts"]
-    assert [part["status"] for part in result["parts"]] == ["failed", "failed", "ended", "ok", "ok"]
+    raised, killed, hung, odd, damaged, worked = result["parts"]
+    assert [part["status"] for part in result["parts"]] == [
+        "failed", "failed", "ended", "ok", "ok", "ok"]
     assert raised["told"] == "RuntimeError: no kernel | for this"
     assert killed["told"] == "by signal 9; it said last: said killed"
     assert hung["told"] == "after 3 s; it said last: with a child" and hung["seconds"] < 60
     assert odd["told"].startswith("TypeError") and odd["result"] == {"answer": None}
+    assert damaged["told"].startswith("JSONDecodeError") and damaged["result"] is None
     assert worked["told"] == "the answer is 42" and worked["result"] == {"answer": 42}
     wait_until_ended(int(pid.read_text()))
     table = out.with_suffix(".md").read_text()
     assert result["date"] in table and result["torch"] in table and table in capsys.readouterr().out
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 5 and "no kernel \\| for" in rows[0] and "**ended**: after 3 s" in rows[2]
-    assert rows[4].startswith("| works on cpu | the answer is 42 |")
+    assert len(rows) == 6 and "no kernel \\| for" in rows[0] and "**ended**: after 3 s" in rows[2]
+    assert rows[5].startswith("| works on cpu | the answer is 42 |")
 
 
 def test_the_parts_are_what_has_to_be_known_in_25_minutes():
@@ -109,6 +113,8 @@ def test_layouts_are_measured_and_one_without_room_is_told(monkeypatch, capsys):
     monkeypatch.setattr("bench.layouts.trunk_step", full)
     result = bench_layouts(config, torch.device("cpu"), torch.float32, 1)
     assert result["fastest"] is None and set(result["ms"].values()) == {None}
+    assert "contiguous no room; channels-last no room" in gpu.tell_layouts(
+        {"ms": {"contiguous": None, "channels-last": None}, "fastest": None})
     assert "no room" in capsys.readouterr().out
     assert torch.backends.cudnn.benchmark == benchmark
 
