@@ -149,5 +149,10 @@ def column(counted: Cost, passed: Passes, config: Config, checkpointing: bool, g
         "utilisation: share of the TFLOP/s": f"{step.utilisation:.0%}",
         "images/s": f"{rate:,.0f}",
         "days": f"{config.steps * step.total / 86400:,.1f}",
-        **{f"cores a GPU for images of {name}": f"{rate / gpus * ms / 1e3:.2g}"
+        **{f"cores a GPU for images of {name}": short(rate / gpus * ms / 1e3)
            for name, ms in DECODING.items()}}
+
+
+def short(x: float) -> str:
+    """Two digits, or the whole number."""
+    return f"{x:.2g}" if x < 99.5 else f"{x:,.0f}"

@@ -173,6 +173,11 @@ def test_what_to_expect_of_a_gpus_steps_is_the_plans():
                 f"{rows['utilisation: share of the TFLOP/s']} | {rows['sum']} |") in page
 
 
+def test_cores_are_written_without_an_exponent():
+    assert [plan.short(x) for x in (0.1666, 3.44, 99.4, 151.2, 1234.5)] == [
+        "0.17", "3.4", "99", "151", "1,234"]
+
+
 def test_a_plan_follows_what_is_given(tmp_path, capsys):
     train.main(["--plan", "--arch=regnety_16gf", "--gpus=4", "--micro-batch=8", "--batch-size=256",
                 "--images=1000000"])
