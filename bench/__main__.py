@@ -13,6 +13,9 @@
     python -m bench cache              # large JPEGs, with data/cache.py and without
     python -m bench run                # train.py as a whole, beside lightly's SwAV
     python -m bench order              # position to image, among a billion
+    python -m bench rates              # matrix product, convolution and copy: for --plan
+    python -m bench layouts            # the trunk by memory layout, padding and cudnn.benchmark
+    python -m bench gpu                # all that has to be known of a GPU, in under 25 minutes
 
 How the times are taken is in timing.py, what they are compared with in baseline.py.
 """
@@ -24,13 +27,15 @@ from pathlib import Path
 
 import torch
 
+from bench.gpu import bench_gpu
 from bench.growth import bench_growth
 from bench.input import bench_cache, bench_features, bench_input, bench_order
+from bench.layouts import bench_layouts
 from bench.parts import bench_optimizer, bench_sinkhorn, bench_trunk
 from bench.run import bench_run
 from bench.save import bench_save
 from bench.step import bench_compile, bench_start, bench_step
-from bench.timing import read_results, write_results
+from bench.timing import bench_rates, read_results, write_results
 from distributed.hardware import memory_of, pick_device, pick_precision
 from methods.build import TRUNKS
 from multicrop import parse_crops
@@ -46,13 +51,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--help]", description="Measure speed beside the baseline.", allow_abbrev=False)
     parser.add_argument("what", choices=["step", "compile", "trunk", "start", "sinkhorn",
                                          "optimizer", "save", "growth", "features", "input",
-                                         "cache", "run", "order"])
+                                         "cache", "run", "order", "rates", "layouts", "gpu"])
     parser.add_argument("--arch", default="regnety_400mf",
-                        help="of step, compile, trunk, start, optimizer, save and features")
+                        help="of step, compile, layouts, trunk, start, optimizer, save, features "
+                        "and run")
     parser.add_argument("--crops", default="2x160+4x96",
-                        help="of step, compile, input and cache; of trunk the first size")
+                        help="of step, compile, layouts, input, cache and run; of trunk the first "
+                        "size")
     parser.add_argument("--micro-batch", type=number_in(int, 1, 100_000), default=16,
-                        help="images of step, compile and trunk")
+                        help="images of step, compile, layouts and trunk")
     parser.add_argument("--checkpoint-activations", action="store_true",
                         help="in step and compile")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
@@ -98,7 +105,10 @@ def measure(args: argparse.Namespace) -> dict:
         "input": lambda: bench_input(args.crops, repeats),
         "cache": lambda: bench_cache(args.crops, repeats),
         "run": lambda: bench_run(args.arch, args.crops, repeats),
-        "order": lambda: bench_order(repeats)}[args.what]()
+        "order": lambda: bench_order(repeats),
+        "rates": lambda: bench_rates(device, dtype),
+        "layouts": lambda: of_network(bench_layouts, dtype),
+        "gpu": lambda: bench_gpu(device.type, Path(args.out).with_suffix(".md"))}[args.what]()
 
 
 def main(argv: list[str] | None = None) -> None:

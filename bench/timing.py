@@ -87,6 +87,16 @@ def fastest(function: Callable, device: torch.device) -> float:
     return min(times[2:]) / 1e3
 
 
+def bench_rates(device: torch.device, dtype: torch.dtype) -> dict:
+    """What --plan takes as --tflops and --bandwidth, measured; and a convolution's rate."""
+    result = {"bf16_tflops": bf16_peak(device),
+              "convolution_tflops": convolution_rate(device, dtype) / 1e12,
+              "copy_gb_s": bandwidth(device) / 1e9}
+    for name, value in result.items():
+        print(f"{name:<20}{value:>10.4g}")
+    return result
+
+
 def bf16_peak(device: torch.device) -> float:
     """TFLOP/s of a large product of bf16 matrices; of a small one, where the device has no
     instructions for bf16 and a large one would take a minute."""
@@ -123,17 +133,23 @@ def read_results(path: Path) -> list:
     return results
 
 
-def write_results(path: Path, what: str, result: dict) -> None:
-    """One more result, with the date, the machine and the versions it was measured with."""
+def about_machine() -> dict:
+    """The date, the machine and the versions that something is measured with."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    results = [*read_results(path), {
-        "what": what, "date": datetime.date.today().isoformat(), **result,
-        "machine": names[0] if names else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__}]
+    there = torch.cuda.is_available()
+    return {"date": datetime.date.today().isoformat(),
+            "machine": names[0] if names else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if there else None,
+            "python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "cuda": torch.version.cuda if there else None,
+            "cudnn": torch.backends.cudnn.version() if there else None}
+
+
+def write_results(path: Path, what: str, result: dict) -> None:
+    """One more result, with what it was measured with."""
+    results = [*read_results(path), {"what": what, **result, **about_machine()}]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(results, indent=1) + "\n")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed.ranks import rank_and_world
+from distributed.sync_bn import SyncBatchNorm
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}      # by bytes
 
@@ -50,8 +51,7 @@ def shared_tensors(model: nn.Module) -> dict[str, Tensor]:
     their own: where it is not synchronised over all of them."""
     own = set()
     for prefix, module in model.named_modules():
-        group = getattr(module, "process_group", None)
-        if group is None or dist.get_world_size(group) < dist.get_world_size():
+        if not isinstance(module, SyncBatchNorm) or module.ranks < dist.get_world_size():
             own |= {f"{prefix}.running_mean".strip("."), f"{prefix}.running_var".strip(".")}
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: x for name, x in named if name not in own}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ def without_elementwise(operations: Iterable[Operation]) -> list[Operation]:
     return [operation for operation in operations if operation.kind != "other"]
 
 
-def count_operations(network: Callable, shape: tuple[int, ...],
+def count_operations(network: nn.Module, shape: tuple[int, ...],
                      dtype: torch.dtype) -> list[Operation]:
     """Of a forward and a backward pass of a module on the meta device, in training mode. Changes
     the module's dtype.
@@ -105,14 +105,15 @@ class Counter(TorchDispatchMode):
         return results
 
     def product(self, a: Tensor, b: Tensor, output: Tensor) -> None:
-        """Of maps a (crops, ...), b weights and output; or of a linear layer's gradients."""
-        weight = next((t for t in (b, output) if self.rows not in (len(t), t.shape[-1])), b)
-        maps = [t for t in (a, b, output) if t is not weight]
+        """A convolution of maps a with weights b; or a product of matrices: a has a row for each
+        crop and b is a weight, or a has a column for each and the output is a weight's gradient."""
         if a.dim() == 2:
             flops = 2 * a.numel() * b.shape[1]
+            weight = b if len(a) == self.rows else output
         else:
-            flops = 2 * output.numel() * b.numel() // len(b)
-        self.add("product", flops, sum(map(size_of, maps)), size_of(weight))
+            flops, weight = 2 * output.numel() * b.numel() // len(b), b
+        maps = sum(size_of(t) for t in (a, b, output) if t is not weight)
+        self.add("product", flops, maps, size_of(weight))
 
     def add(self, kind: str, flops: float, maps: float, weights: float) -> None:
         rows = self.rows

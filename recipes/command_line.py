@@ -24,13 +24,17 @@ from weights.terminal import Text, number_in
 MACHINE = {"gpus": (8, (1, 100_000), "number of GPUs"),
            "gpu_memory": (80.0, (0.1, 10_000), "memory of each, GB (10^9 bytes)"),
            "tflops": (Gpu().tflops, (0.001, 1_000_000),
-                      "TFLOP/s of each in bf16, as a large matrix product reaches"),
+                      "TFLOP/s of each in bf16, as a large matrix product reaches (data sheet of "
+                      "the H100: 989)"),
            "bandwidth": (Gpu().bandwidth, (0.001, 1_000_000),
-                         "GB/s of its memory, read and written, as a copy reaches"),
+                         "GB/s of its memory, read and written, as a copy reaches (data sheet of "
+                         "the H100: 3,350)"),
            "nvlink": (Gpu().nvlink, (0.001, 1_000_000),
-                      "GB/s each way between the GPUs of a node, as NCCL reaches"),
+                      "GB/s each way between the GPUs of a node, as NCCL reaches (H100: issue 212 "
+                      "of nccl-tests)"),
            "network": (Gpu().network, (0.001, 1_000_000),
-                       "GB/s each way to other nodes, of each GPU")}
+                       "GB/s each way to other nodes, of each GPU (an adapter of 400 Gb/s: issue "
+                       "290 of nccl-tests)")}
 
 
 def parse_arguments(argv: list[str]) -> dict:

@@ -111,8 +111,10 @@ def kept_for_backward(trunk: nn.Module, size: int, dtype: torch.dtype) -> tuple[
 
 def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ranks: int,
            dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """Bytes at the peak of a step on GPUs, by part."""
-    group, norms = sync_group(config.sync_bn_group, ranks), cost.norms + cost.head_norms
+    """Bytes at the peak of a step, by part. On GPUs, where config.device names nothing else."""
+    device, norms = torch.device(config.device or "cuda"), cost.norms + cost.head_norms
+    group = sync_group(config.sync_bn_group, ranks)
+    groups = ((ranks > 1) + (group > 1)) * (device.type == "cuda")
     views, share = sum(spec.count for spec in config.crops), config.batch_size // ranks
     pixels = sum(spec.count * 3 * spec.size ** 2 for spec in config.crops)
     kept = cost.inputs + cost.block if checkpointing else cost.activations
@@ -133,7 +135,7 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
         "crops, uint8 and float32": share * pixels + micro_batch * 4 * pixels,
         # statistics of the widest layer, from all ranks of the group
         "SyncBatchNorm's buffers": 4 * group * (2 * max(norms) + 1) if group > 1 else 0,
-        "NCCL's buffers (estimate)": NCCL_BUFFERS * ((ranks > 1) + (group > 1)),
+        "NCCL's buffers (estimate)": NCCL_BUFFERS * groups,
     }
 
 

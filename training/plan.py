@@ -70,7 +70,8 @@ def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype) -> Config:
 def fit_ranks(config: Config, device: torch.device, dtype: torch.dtype) -> Config:
     """fit, for the ranks that there are: the smallest memory of all counts. A collective."""
     limit = min(gather_lists([memory_of(device)]))
-    return fit(config, rank_and_world()[1], limit, dtype)
+    fitted = fit(replace(config, device=device.type), rank_and_world()[1], limit, dtype)
+    return replace(fitted, device=config.device)
 
 
 def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memory: float = 80.0,
@@ -148,5 +149,10 @@ def column(counted: Cost, passed: Passes, config: Config, checkpointing: bool, g
         "utilisation: share of the TFLOP/s": f"{step.utilisation:.0%}",
         "images/s": f"{rate:,.0f}",
         "days": f"{config.steps * step.total / 86400:,.1f}",
-        **{f"cores a GPU for images of {name}": f"{rate / gpus * ms / 1e3:.2g}"
+        **{f"cores a GPU for images of {name}": short(rate / gpus * ms / 1e3)
            for name, ms in DECODING.items()}}
+
+
+def short(x: float) -> str:
+    """Two digits, or the whole number."""
+    return f"{x:.2g}" if x < 99.5 else f"{x:,.0f}"

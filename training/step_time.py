@@ -105,7 +105,7 @@ def computing(counted: Passes, config: Config, images: int, n: int, checkpointin
     first = specs[:first_sizes(config)] if n > 1 else ()
     seconds = dict.fromkeys(KINDS.values(), 0.0)
     for kind, name in KINDS.items():
-        for spec, operations in [*trunk.items(), (None, counted.head)]:
+        for spec, operations in [*((spec, trunk[spec]) for spec in specs), (None, counted.head)]:
             rows = images * (spec.count if spec else views)
             ours = [operation for operation in operations if operation.kind == kind]
             forward = time((o for o in ours if not o.backward), rows)
@@ -120,9 +120,9 @@ def computing(counted: Passes, config: Config, images: int, n: int, checkpointin
     codes = ASSIGNED * n * images * config.prototypes * (48 + 8 * config.sinkhorn_iterations)
     seconds["augmentation, codes, loss"] = n * time(counted.loss, images) + (
         n * images * numbers * AUGMENTATION + codes) / gpu.bandwidth / 1e9
-    largest = specs[0]              # goes forward first, so backward last
-    backward = time((o for o in trunk[largest] if o.backward), images * largest.count)
-    return seconds, backward
+    first_size = specs[0]           # goes forward first, so backward last
+    last = (o for o in trunk[first_size] if o.backward or checkpointing)
+    return seconds, time(last, images * first_size.count)
 
 
 def weight_bytes(cost: Cost, config: Config, n: int, checkpointing: bool) -> float:
@@ -131,7 +131,7 @@ def weight_bytes(cost: Cost, config: Config, n: int, checkpointing: bool) -> flo
     them to float32 (6) and adds them to those that are there (12); checkpointing casts once more.
     A step sets gradients to zero (4) and makes LARC's 8 passes."""
     half = 0 if config.precision == "fp32" else 1
-    trunk = 6 * (len(config.crops) - 1) + 6 * checkpointing * half
+    trunk = (12 - 6 * half) * (len(config.crops) - 1) + 6 * checkpointing * half
     return n * (trunk * cost.trunk_params + (12 + 12 * half) * cost.params) + 36 * cost.params
 
 

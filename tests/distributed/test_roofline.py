@@ -53,6 +53,18 @@ def test_the_operations_of_a_small_network_by_hand():
     assert without_elementwise(operations) == [o for o in operations if o.kind != "other"]
 
 
+def test_linear_layers_by_hand():
+    """Forward, gradient of the features, of the weights; widths may be as small as the count."""
+    with torch.device("meta"):
+        operations = count_operations(nn.Linear(6, 4), (6,), torch.bfloat16)
+        narrow = count_operations(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), (2,),
+                                  torch.bfloat16)
+    products = [o for o in operations if o.kind == "product"]
+    assert [o[1:4] for o in products] == [(2 * 24, 2 * (6 + 4), 2 * 24)] * 3
+    assert [o.backward for o in products] == [False, True, True]
+    assert [o.flops for o in narrow if o.kind == "product"] == [2 * 4] * 6
+
+
 @pytest.mark.parametrize("arch, eager, compiled", [
     ("16gf", 29, 45), *(pytest.param(*row, marks=pytest.mark.long) for row in (
         ("32gf", 40, 58), ("128gf", 53, 71), ("256gf", 61, 77)))])

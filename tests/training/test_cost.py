@@ -157,4 +157,6 @@ def test_buffers_of_communication_are_those_of_the_groups():
         rows[ranks] = parts["SyncBatchNorm's buffers"], parts["NCCL's buffers (estimate)"]
     assert rows[1] == (0, 0) and rows[8] == (0, cost.NCCL_BUFFERS)
     assert rows[512] == (64 * 4 * (2 * 10_444 + 1), 2 * cost.NCCL_BUFFERS)
+    on_cpu = cost.memory(of, replace(config, sync_bn_group=64, device="cpu"), 16, False, 512)
+    assert on_cpu["NCCL's buffers (estimate)"] == 0
     assert 0.5e9 < cost.NCCL_BUFFERS < 0.7e9

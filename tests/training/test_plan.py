@@ -163,6 +163,21 @@ def test_the_predictions_of_the_docs_are_the_plans(arch):
         assert predicted_row(arch, gpus) in page
 
 
+@pytest.mark.long
+def test_what_to_expect_of_a_gpus_steps_is_the_plans():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    for size, images in (("16gf", 64), ("32gf", 64), ("128gf", 32), ("256gf", 16)):
+        config = configure({"arch": f"regnety_{size}", "batch_size": images, "micro_batch": images})
+        rows = rows_of(plan.plan(config, gpus=1))
+        assert (f"| {size.upper()}, {images} | {rows['ms a step']} | "
+                f"{rows['utilisation: share of the TFLOP/s']} | {rows['sum']} |") in page
+
+
+def test_cores_are_written_without_an_exponent():
+    assert [plan.short(x) for x in (0.1666, 3.44, 99.4, 151.2, 1234.5)] == [
+        "0.17", "3.4", "99", "151", "1,234"]
+
+
 def test_a_plan_follows_what_is_given(tmp_path, capsys):
     train.main(["--plan", "--arch=regnety_16gf", "--gpus=4", "--micro-batch=8", "--batch-size=256",
                 "--images=1000000"])
