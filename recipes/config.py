@@ -137,7 +137,7 @@ class Config:
                            "before the first step (docs/speed.md: where it pays)")
     channels_last: bool | None = option(
         None, "memory layout: channels-last, or contiguous; None: the faster one, measured at the "
-        "start of the run (docs/speed.md)")
+        "start of the run (docs/gpu.md)")
     pad_widths: bool | None = option(
         None, "compute odd widths, as those of the 256GF and 10B, as multiples of 8 "
         "(distributed/padding.py); None: on CUDA, where that is measured to be faster")

@@ -95,7 +95,7 @@ def test_larger_crops_take_longer_to_compute():
     threads = torch.get_num_threads()
     small, large = (computing(config_of(crops=crops)) for crops in ("2x32+2x16", "8x224"))
     torch.set_num_threads(threads)
-    assert 0 < 4 * small < large < 30
+    assert 0 < small < large                    # of 144 times the multiply-adds
     began = time.perf_counter()
     assert computing(config_of(arch="regnety_256gf", crops="2x224+4x96")) > 10
     assert time.perf_counter() - began < 2                      # seconds: it is not timed

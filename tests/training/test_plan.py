@@ -165,7 +165,7 @@ def test_the_predictions_of_the_docs_are_the_plans(arch):
 
 @pytest.mark.long
 def test_what_to_expect_of_a_gpus_steps_is_the_plans():
-    page = (ROOT / "docs" / "speed.md").read_text()
+    page = (ROOT / "docs" / "gpu.md").read_text()
     for size, images in (("16gf", 64), ("32gf", 64), ("128gf", 32), ("256gf", 16)):
         config = configure({"arch": f"regnety_{size}", "batch_size": images, "micro_batch": images})
         rows = rows_of(plan.plan(config, gpus=1))

@@ -192,28 +192,30 @@ def test_a_step_is_dropped_between_two_micro_batches(few_photos, tmp_path, monke
 
 def test_a_step_of_one_micro_batch_is_finished(few_photos, tmp_path, monkeypatch):
     """A signal before it is begun does not drop it, which would save no step at all."""
-    next_ = Loader.next
+    calls, fetch = [], Loader.fetch
 
     def signal_while_loading(self):
-        os.kill(os.getpid(), signal.SIGHUP)
-        return next_(self)
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return fetch(self)
 
-    monkeypatch.setattr(Loader, "next", signal_while_loading)
+    monkeypatch.setattr(Loader, "fetch", signal_while_loading)
     with pytest.raises(SystemExit):
         run(few_photos, tmp_path / "run", "--steps=4")
     assert load(tmp_path / "run" / "checkpoint.pt")["step"] == 1
 
 
 def test_the_rest_of_a_step_is_not_loaded(few_photos, tmp_path, monkeypatch):
-    calls, next_ = [], Loader.next
+    calls, fetch = [], Loader.fetch
 
     def signal_while_loading(self):
         calls.append(1)
         if len(calls) == 6:                                 # the second of four
             os.kill(os.getpid(), signal.SIGHUP)
-        return next_(self)
+        return fetch(self)
 
-    monkeypatch.setattr(Loader, "next", signal_while_loading)
+    monkeypatch.setattr(Loader, "fetch", signal_while_loading)
     with pytest.raises(SystemExit):
         run(few_photos, tmp_path / "run", "--steps=4", "--micro-batch=1")
     assert load(tmp_path / "run" / "checkpoint.pt")["step"] == 1 and len(calls) == 6
