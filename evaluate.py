@@ -25,12 +25,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from datetime import timedelta
-
-import torch.distributed as dist
 
 from distributed.hardware import PRECISIONS, pick_device
-from distributed.ranks import init_process_group, is_main
+from distributed.ranks import PATIENCE, init_process_group, is_main, leave_together
 from evaluation import export, finetune, knn, linear, lowshot
 from evaluation.lowshot import SHOTS
 from evaluation.supervised import RECIPES
@@ -150,17 +147,14 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence("evaluate.py"):
         options = parse(argv)
         check_files(options)
-        try:
+        with leave_together():
             if "RANK" in os.environ:
                 init_process_group(pick_device(options.device, int(os.environ["LOCAL_RANK"])),
-                                   timedelta(minutes=60))
+                                   2 * PATIENCE)
             task = open_task(options)
             result = PROTOCOLS[options.what](task)
             if is_main():
                 report(task, result)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -35,14 +35,14 @@ from data.stream import NoReadableImage, Stream
 from distributed.hardware import affinity, autocast, pick_device, pick_precision, share_machine
 from distributed.ranks import (
     PATIENCE,
-    barrier,
     fail_together,
     gather_lists,
     init_process_group,
+    leave_together,
     rank_and_world,
 )
 from distributed.step import frozen_statistics, sync_gradients
-from distributed.wrap import check_compiler, compiles_update, wrap
+from distributed.wrap import check_compiler, try_update, wrap
 from evaluation.probe import open_probe
 from evaluation.summary import look_back
 from figures.curves import curves
@@ -163,7 +163,8 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
                    config.compile, config.channels_last, config.pad_widths,
                    config.compress_gradients)
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
-                     config.trust_coefficient, compiled=compiles_update(device))
+                     config.trust_coefficient, compiled=device.type == "cuda")
+    try_update(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream,
               all_crops=config.codes_need_all_crops())
@@ -234,12 +235,8 @@ def main(argv: list[str] | None = None) -> None:
         config = configure(given, world, images)
     except (ValueError, OSError, ImportError) as error:     # on all ranks alike: rank 0 prints
         sys.exit(2) if rank else fail(error)
-    try:
+    with leave_together():
         run = launch(config, images, named, "grow" in asked)
-        barrier()               # leave together: a rank left behind was seen to hang in gloo
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if rank == 0:               # the other ranks may exit
         if run.start < run.config.steps or not (run.out / "prototypes.png").exists():
             look_back(run)

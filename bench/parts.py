@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bench.baseline import baseline_trunk, plain_larc, textbook_sinkhorn
 from bench.timing import in_turn
 from distributed.hardware import autocast, layout
-from distributed.wrap import compiles_update
+from distributed.wrap import try_update
 from larc import LARC
 from methods.build import build_method, build_trunk
 from recipes.config import Config
@@ -119,7 +119,8 @@ def bench_optimizer(config: Config, device: torch.device, repeats: int) -> dict:
     for p in params:
         p.grad = torch.randn_like(p)
     ours = LARC(params, 1e-3, config.momentum, config.weight_decay,
-                compiled=compiles_update(device))
+                compiled=device.type == "cuda")
+    try_update(ours)
     theirs = torch.optim.SGD(params, 1e-3, config.momentum)
     size = sum(p.numel() * p.element_size() for p in params)
     source = torch.ones(max(size // 4, 2 ** 26), device=device)

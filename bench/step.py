@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,11 +25,12 @@ from data.loader import Augment, AugmentedCrops
 from distributed.hardware import layout, peak_memory
 from distributed.ranks import rank_and_world
 from distributed.roofline import roofline, without_elementwise
-from distributed.wrap import check_compiler, compiles_update, wrap
+from distributed.wrap import check_compiler, try_update, wrap
 from larc import LARC
 from methods.build import build_method
 from multicrop import MultiCrop, Photometric
 from recipes.config import Config
+from recipes.machine import choose
 from train import Run, step_gradients
 from training.cost import cost, memory, work
 from training.step_time import passes
@@ -57,7 +59,8 @@ def product_step(config: Config, device: torch.device, dtype: torch.dtype,
     wrapped = wrap(method, device, config.sync_bn_group, checkpoint_activations, compiled,
                    config.channels_last, bool(config.pad_widths))
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
-                     config.trust_coefficient, compiled=compiles_update(device))
+                     config.trust_coefficient, compiled=device.type == "cuda")
+    try_update(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(method, wrapped, device, dtype, scaler)
     crops, params = random_crops(config, device), random_params(config)
@@ -69,6 +72,7 @@ def product_step(config: Config, device: torch.device, dtype: torch.dtype,
         method.after_step(0)
 
     def step(clock: Clock) -> None:
+        torch.backends.cudnn.benchmark = bool(config.cudnn_benchmark)
         optimizer.zero_grad(set_to_none=run.world == 1)
         wrapped.forward = clock.timed("forward", forward)
         method.targets = clock.timed("Sinkhorn", targets)
@@ -76,6 +80,7 @@ def product_step(config: Config, device: torch.device, dtype: torch.dtype,
         micro_batches = [augmented] * (config.batch_size // config.micro_batch)
         clock.timed("backward", step_gradients)(run, 0, micro_batches)
         clock.timed("optimizer", update)()
+        torch.backends.cudnn.benchmark = False              # as the baseline has it
 
     return step
 
@@ -90,6 +95,10 @@ def bench_step(config: Config, device: torch.device, dtype: torch.dtype,
                checkpoint_activations: bool, repeats: int) -> dict:
     """One process, one micro-batch. Medians of several repeats, the two steps taken in turn. A step
     is counted without augmentation, which the baseline leaves to the workers."""
+    if device.type == "cuda":                       # on a CPU the layout is known
+        config = replace(config, checkpoint_activations=checkpoint_activations)
+        config, chosen = choose(config, device, dtype)
+        print(chosen)
     torch.manual_seed(0)
     before = peak_memory(device)
     steps = {"ours": product_step(config, device, dtype, checkpoint_activations)}
@@ -132,6 +141,8 @@ def least_ms(config: Config, device: torch.device, dtype: torch.dtype) -> float:
 def about(config: Config, dtype: torch.dtype, checkpoint_activations: bool, repeats: int) -> dict:
     """What a result was measured with."""
     return {"arch": config.arch, "crops": config.text("crops"), "micro_batch": config.micro_batch,
+            "channels_last": config.channels_last, "pad_widths": config.pad_widths,
+            "cudnn_benchmark": config.cudnn_benchmark,
             "precision": str(dtype).removeprefix("torch."),
             "checkpoint_activations": checkpoint_activations, "repeats": repeats}
 

@@ -10,9 +10,9 @@ The workers decode and cut; colours, blur and normalisation are computed for who
 device. On a CPU, where a step has one micro-batch, they are left to the workers too: these have
 time to spare, the computing threads have none.
 
-A micro-batch is fetched when it is asked for, so a step begins with its first one; that of the next
-step is fetched when this step's last one was taken. On CUDA it is copied on a stream of its own,
-while the device computes what it was given before.
+A micro-batch is fetched when it is asked for, so a step begins with its first one. The next step's
+first one is fetched at the end of the last pass over this step's. On CUDA a micro-batch is copied
+on a stream of its own, while the device computes what it was given before.
 
 Shapes: B images of a micro-batch, N crops of one size, s pixels, P parameters of an augmentation.
 """
@@ -69,11 +69,13 @@ class AugmentedCrops(Sequence):
 class MicroBatches(Sequence):
     """Those of a step, fetched one at a time when first asked for, and kept until the step ends.
 
-    fetch() -> the next one, on the device.  after(): called when all were taken, or taken again.
+    fetch() -> the next one, on the device.  after(): called at the end of the last pass over them,
+    which of several micro-batches is the second.
     """
 
     def __init__(self, count: int, fetch: Callable, after: Callable[[], None]):
         self.count, self.fetch, self.after, self.fetched = count, fetch, after, []
+        self.passes = 2 if count > 1 else 1
 
     def __len__(self) -> int:
         return self.count
@@ -88,7 +90,9 @@ class MicroBatches(Sequence):
     def __iter__(self) -> Iterator[Sequence[Tensor]]:
         for i in range(self.count):
             yield self[i]
-        self.after()
+        self.passes -= 1
+        if self.passes == 0:
+            self.after()
 
 
 class Loader:

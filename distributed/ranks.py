@@ -7,7 +7,10 @@
 
 All functions but is_main, my_share and rank_and_world are collectives: every rank calls them.
 """
+import os
+import sys
 import time
+import traceback
 import uuid
 from contextlib import contextmanager
 from datetime import timedelta
@@ -122,3 +125,24 @@ def init_process_group(device: torch.device, timeout: timedelta = PATIENCE) -> N
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=world,
                             store=dist.PrefixStore(name, store), timeout=timeout,
                             device_id=device if cuda else None)
+
+
+@contextmanager
+def leave_together():
+    """At the end of the block the ranks wait for one another, and leave the process group. One that
+    has an error does not wait. On CUDA its process ends at once: NCCL would wait for the others,
+    which wait for this rank, and neither torchrun nor a person would learn of the error."""
+    try:
+        yield
+        barrier()               # a rank left behind was seen to hang in gloo
+    except BaseException as error:
+        if dist.is_initialized() and "nccl" in dist.get_backend_config():
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.code if isinstance(error, SystemExit) else 1)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -23,6 +23,7 @@ from distributed.hardware import layout
 from distributed.padding import pad
 from distributed.ranks import fail_together, is_main
 from distributed.sync_bn import convert
+from larc import LARC, update
 from regnet import Block
 
 
@@ -145,19 +146,29 @@ def check_compiler(device: torch.device, backend="inductor") -> None:
                          f"here: {reason}") from None
 
 
-def compiles_update(device: torch.device) -> bool:
-    """Whether LARC's update is compiled: on a GPU where Inductor works, on all ranks alike, for
-    their weights must stay the same. On a CPU it goes in blocks. A collective."""
-    if device.type != "cuda":
-        return False
+def try_update(optimizer: LARC) -> None:
+    """Compile the update of a LARC(compiled=True) for its tensors, by a step without rate or
+    gradient, which changes none of them. Where that fails on one rank, the update of all ranks
+    stays as it is, for their weights must stay the same. A collective."""
+    if not optimizer.compiled:
+        return
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads, rates = [p.grad for p in params], [group["lr"] for group in optimizer.param_groups]
     try:
-        with fail_together():
-            check_compiler(device)
-        return True
+        with fail_together(Exception):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
     except ValueError as error:
+        optimizer.compiled, optimizer.update = False, update
         if is_main():
             print(f"LARC's update makes 13 passes over memory, not 7 ({error})")
-        return False
+    for p, grad in zip(params, grads):
+        p.grad = grad
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
 
 
 def compile_trunk(trunk: nn.Module, backend="inductor") -> None:

@@ -6,7 +6,8 @@ How fast the same network is computed depends on the machine: on a CPU channels-
 either layout was seen to be several times as fast as the other. So what was not asked for is
 decided at the start of a run: by passes forward and backward of its own trunk, on crops of its
 sizes and in its precision, before its own weights are there. Rank 0 decides for all. The choice is
-kept in the configuration, so that a run that is resumed measures nothing, and rounds as it did.
+kept in the configuration, so that a run that is resumed measures nothing. (cuDNN's search is made
+again in each process, and may choose another algorithm.)
 
 Not measured is what cannot matter: padding where no width is odd, and away from CUDA; cuDNN's
 search away from CUDA; all on a CPU that would take minutes. A compiled trunk is measured as it is

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from distributed.padding import odd_widths
 from distributed.wrap import stages_of, sync_group
 from methods.build import build_method
 from recipes.config import Config
@@ -123,6 +124,10 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
     # of the head in autocast; then in float32 scores, log p, and the gradients of both
     loss = views * (2 * dtype.itemsize * sum(config.head) + 4 * 4 * config.prototypes)
     cast = 0 if dtype == torch.float32 else dtype.itemsize * cost.params
+    odd = config.arch in ARCHS and bool(odd_widths(ARCHS[config.arch]))
+    if odd and config.pad_widths is not False and device.type == "cuda" and not checkpointing:
+        # padded copies, of each crop size, take the place of a cast; whether is measured later
+        cast += dtype.itemsize * cost.trunk_params * (len(config.crops) - (cast > 0))
     if checkpointing:   # all are there when forward ends; in backward one block takes their place
         cast = max(cast - micro_batch * cost.block, 0)
     return {

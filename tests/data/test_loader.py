@@ -156,11 +156,10 @@ def test_a_micro_batch_is_fetched_when_it_is_asked_for_and_the_next_steps_first_
             for i, _ in enumerate(micro_batches):           # the pass for the codes
                 assert len(fetched) == max(before, 4 * number + i + 1)
             first = micro_batches[0].crops
-            ahead = 4 * (number + 1) + 1
-            assert len(fetched) == ahead
+            assert len(fetched) == 4 * (number + 1)
             again = list(micro_batches)                     # the pass with gradient: the same ones
-            assert len(fetched) == ahead + (number == 2) and again[0].crops is first
-        assert number == 2 and batches.next is None         # the last two times nothing was left
+            assert len(fetched) == 4 * (number + 1) + 1 and again[0].crops is first
+        assert number == 2 and batches.next is None         # the last time nothing was left
 
 
 def test_micro_batches_that_are_not_taken_belong_to_their_step():

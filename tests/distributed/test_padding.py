@@ -141,17 +141,25 @@ def test_one_graph_per_crop_size(checkpointing):
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
-def trained_on_a_rank(rank):
-    model = Model(SHAPES["y"])
-    return trained(model, wrap(model, CPU, checkpoint_activations=True, pad_widths=True))
+def trained_on_a_rank(rank, sync_bn_group):
+    """Padded, and as it is."""
+    results = []
+    for pad_widths in (True, False):
+        model = Model(SHAPES["y"])
+        results.append(trained(model, wrap(model, CPU, sync_bn_group, checkpoint_activations=True,
+                                           pad_widths=pad_widths)))
+    return results
 
 
 @pytest.mark.long
-def test_two_ranks_reduce_the_real_gradients(tmp_path):
+@pytest.mark.parametrize("sync_bn_group", [0, 2])
+def test_two_ranks_reduce_the_real_gradients(tmp_path, sync_bn_group):
+    """The same crops on both ranks; with SyncBatchNorm too."""
     model = Model(SHAPES["y"])
-    expected = trained(model, model)
-    for mine in run_ranks(trained_on_a_rank, tmp_path):     # the same crops on both
-        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-11)
+    features, grads, _ = trained(model, model)
+    for padded, plain in run_ranks(trained_on_a_rank, tmp_path, sync_bn_group):
+        torch.testing.assert_close(padded, plain, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(padded[:2], (features, grads), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("arch, widths, more", [

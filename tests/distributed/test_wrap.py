@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from distributed import wrap
 from distributed.step import sync_gradients
+from larc import LARC, update
 from methods.build import build_method, build_trunk
 from recipes.command_line import configure
 from regnet import RegNet, RegNetParams
@@ -222,6 +223,28 @@ def test_gradients_exist_once(world, device, tmp_path):
 def test_buckets_grow_with_the_network(size, bucket):
     """MiB of a RegNetY-400MF's gradients, and of SEER's 256GF."""
     assert wrap.bucket_size(size) == bucket
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_compiled_update_is_tried_before_the_run(works, capsys):
+    """By a step that changes nothing; where it fails, the plain update is taken, on all ranks."""
+    model = tiny()
+    before = [p.clone() for p in model.parameters()]
+    optimizer, calls = LARC(model.parameters(), 0.5, compiled=True), []
+
+    def compiled(*tensors):
+        calls.append(len(tensors[0]))
+        if not works:
+            raise RuntimeError("no kernel for it")
+        update(*tensors)
+
+    optimizer.update = compiled
+    wrap.try_update(optimizer)
+    assert calls == [len(before)] and optimizer.compiled == works
+    assert all(map(torch.equal, model.parameters(), before))
+    assert {p.grad for p in model.parameters()} == {None} and optimizer.param_groups[0]["lr"] == 0.5
+    assert ("13 passes over memory, not 7 (" in capsys.readouterr().out) != works
+    assert optimizer.update is (compiled if works else update)
 
 
 # ----------------------------------------------------------------------- on a CUDA machine only

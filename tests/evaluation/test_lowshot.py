@@ -12,6 +12,7 @@ from tests.evaluation.conftest import QUICK, RANDOM
 from tests.helpers import ORACLES
 
 
+@pytest.mark.long
 def test_svms_equal_liblinears():
     stored = json.loads((ORACLES / "svm.json").read_text())
     features, queries = (torch.tensor(stored[name], dtype=torch.float64)

@@ -247,6 +247,7 @@ def test_a_run_keeps_to_its_shrunk_images(photos, tmp_path, monkeypatch, capsys,
         capsys, f"--data={photos}", f"--out={tmp_path / 'run'}", "--recipe=demo", "--shrink=0")
 
 
+@pytest.mark.long
 def test_a_folder_that_cannot_be_written_is_refused(photos, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert "needs auto, off, or a folder that can be written" in refuse(

@@ -180,6 +180,7 @@ def run(tmp_path, out, *options):
     return load(tmp_path / out / "checkpoint.pt")
 
 
+@pytest.mark.long
 def test_a_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     """Measured, killed after two steps and resumed where all would be decided otherwise, it is
     bitwise the run that was told."""

@@ -78,6 +78,7 @@ def test_a_length_follows_a_set_that_is_much_smaller():
     assert asked.images == 10 ** 9                      # what is asked for is done
 
 
+@pytest.mark.long
 def test_the_time_of_a_run_is_said():
     config = with_length(configure({"arch": "regnety_100mf", "images": 10 ** 9, "micro_batch": 16,
                                     "checkpoint_activations": True}), 10 ** 9)

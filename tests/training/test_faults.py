@@ -380,6 +380,7 @@ def test_a_run_that_gets_a_signal_saves_and_goes_on_bitwise(
     same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(few_photos, tmp_path, capsys):
     out = tmp_path / "run"
     run(few_photos, out, "--steps=4", "--save-every=2", "--queue=8")

@@ -1,4 +1,6 @@
 """The host waits for the device once a step: what it reads of tensors is counted."""
+import subprocess
+import sys
 import warnings
 from unittest import mock
 
@@ -13,9 +15,10 @@ import train
 from data.images import open_images
 from data.loader import Augment, Loader
 from recipes.command_line import configure, parse_arguments
-from tests.helpers import SMALL, run, run_ranks
+from tests.helpers import ROOT, SMALL, run, run_ranks
 from training import rollback
 from training.rollback import Rollback
+from weights.atomic import load
 
 ATEN = torch.ops.aten
 NAMES = {"tolist", "cpu", "numpy", "__array__"}
@@ -115,11 +118,13 @@ def reads_of_steps(rank, photos, out, options, more=lambda x: None):
 SYNC_BN = ["--head-bn", "--sync-bn-group=2", "--queue=8"]
 
 
-@pytest.mark.parametrize("options", [SYNC_BN, [*SYNC_BN, "--micro-batch=2"]])
+@pytest.mark.parametrize("options", [pytest.param(SYNC_BN, marks=pytest.mark.long),
+                                     [*SYNC_BN, "--micro-batch=2"]])
 def test_the_host_waits_once_a_step(few_photos, tmp_path, options):
     assert reads_of_steps(0, str(few_photos), tmp_path / "run", options) == [1] * 5
 
 
+@pytest.mark.long
 def test_one_more_read_is_found(few_photos, tmp_path):
     assert reads_of_steps(0, str(few_photos), tmp_path / "run", SYNC_BN, Tensor.item) == [2] * 5
 
@@ -152,3 +157,17 @@ def test_a_gpu_is_waited_for_once_a_step(few_photos, tmp_path, options):
             torch.cuda.set_sync_debug_mode("default")
     steps = [after - before for before, after in zip(counts, counts[1:])]
     assert steps[2:] == [1] * 5, [str(warning.message) for warning in caught]
+
+
+@pytest.mark.cuda
+def test_ranks_on_nccl_train_save_and_resume(few_photos, tmp_path):
+    """Two GPUs, or what there is: SyncBatchNorm, accumulation, a save, and the run goes on."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={min(2, torch.cuda.device_count())}", "train.py",
+               f"--data={few_photos}", f"--out={tmp_path / 'run'}", *SMALL[:-1], *SYNC_BN,
+               "--device=cuda", "--micro-batch=1"]
+    for steps, code in ((2, 0), (4, 0)):
+        done = subprocess.run([*command, f"--steps={steps}"], cwd=ROOT, capture_output=True,
+                              text=True, timeout=300)
+        assert done.returncode == code, done.stderr
+    assert load(tmp_path / "run" / "checkpoint.pt")["step"] == 4

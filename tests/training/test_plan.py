@@ -32,6 +32,7 @@ def fitted(limit, arch="regnety_256gf", ranks=512, **given):
     return plan.fit(configure({"arch": arch} | given), ranks, limit * GB, torch.bfloat16)
 
 
+@pytest.mark.long
 def test_the_micro_batch_is_the_largest_that_fits():
     config = fitted(80)
     assert (config.micro_batch, config.checkpoint_activations) == (16, False)   # a whole share
@@ -71,6 +72,7 @@ def test_a_demo_run_is_not_cut_up():
 
 
 # ----------------------------------------------------------------------------- as a command
+@pytest.mark.long
 @pytest.mark.parametrize("arch", of_sizes())
 def test_a_plan_is_printed(arch, capsys):
     train.main(["--plan", f"--arch={arch}", "--gpus=8", "--gpu-memory=80", "--tflops=790"])
@@ -154,6 +156,7 @@ def predicted_row(arch: str, gpus: int) -> str:
         rows["cores a GPU for images of 12 megapixels"]]) + " |"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arch", [
     pytest.param(arch, marks=() if arch == "regnety_256gf" else pytest.mark.long)
     for arch in PREDICTED])

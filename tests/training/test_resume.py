@@ -45,6 +45,7 @@ def interrupted(photos, out, monkeypatch, *options, after=2):
 
 
 # -------------------------------------------------------------- what is not named is the run's
+@pytest.mark.long
 def test_what_is_not_named_comes_from_the_run(few_photos, tmp_path, monkeypatch, capsys):
     """Data, network, lengths: with the folder's name alone the run ends as if never interrupted."""
     photos = shutil.copytree(few_photos, tmp_path / "photos")
@@ -231,6 +232,7 @@ def test_under_nohup_sighup_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.long
 def test_checkpoints_are_due_by_time_too(few_photos, tmp_path):
     """No step count, however large, makes a run lose more than save_minutes."""
     options = ["--steps=3", "--save-every=1000", "--keep=9"]
@@ -284,6 +286,7 @@ def test_the_rate_of_a_run_that_is_extended():
         100 * config.batch_size)
 
 
+@pytest.mark.long
 def test_a_finished_run_is_extended(few_photos, tmp_path, monkeypatch, capsys):
     out, longer = tmp_path / "run", ["--steps=6", "--restart-lr=0.5"]
     interrupted(few_photos, out, monkeypatch, "--steps=4")
@@ -312,6 +315,7 @@ def test_a_finished_run_is_extended(few_photos, tmp_path, monkeypatch, capsys):
     assert "is finished: 6 steps" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_run_grows(few_photos, tmp_path, monkeypatch, capsys):
     """--grow: an epoch of the new set begins where the run stood; the second time it is nothing."""
     photos = shutil.copytree(few_photos, tmp_path / "photos")
