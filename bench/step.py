@@ -95,10 +95,10 @@ def bench_step(config: Config, device: torch.device, dtype: torch.dtype,
                checkpoint_activations: bool, repeats: int) -> dict:
     """One process, one micro-batch. Medians of several repeats, the two steps taken in turn. A step
     is counted without augmentation, which the baseline leaves to the workers."""
-    if device.type == "cuda":                       # on a CPU the layout is known
-        config = replace(config, checkpoint_activations=checkpoint_activations)
-        config, chosen = choose(config, device, dtype)
-        print(chosen)
+    config = replace(config, checkpoint_activations=checkpoint_activations,
+                     threads=torch.get_num_threads())
+    config, chosen = choose(config, device, dtype)              # as a run does
+    print(chosen)
     torch.manual_seed(0)
     before = peak_memory(device)
     steps = {"ours": product_step(config, device, dtype, checkpoint_activations)}

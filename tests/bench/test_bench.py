@@ -12,6 +12,7 @@ from bench import parts, step
 from bench.__main__ import main
 from bench.baseline import baseline_trunk, double_loop, textbook_codes
 from bench.input import bench_cache
+from bench.run import bench_run, ours
 from bench.timing import Clock, read_results, write_results
 from data.loader import Augment, AugmentedCrops
 from larc import LARC
@@ -270,3 +271,23 @@ def test_a_step_without_room_is_one_sentence(tmp_path, capsys, monkeypatch, quic
     with pytest.raises(SystemExit):
         main(small)
     assert "no room for this step: try a smaller --micro-batch" in capsys.readouterr().err
+
+
+def test_without_lightly_a_whole_run_is_not_compared(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("bench.run.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["run", f"--out={tmp_path / 'bench.json'}"])
+    assert "compares with lightly: python -m pip install lightly==1.6" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_whole_run_is_timed_from_its_folder(monkeypatch, tmp_path):
+    """Ours; lightly's stands in, as it is not installed here."""
+    monkeypatch.setattr("bench.run.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("bench.run.BATCH", 4)
+    monkeypatch.setattr("bench.run.lightlys", lambda *args: (8.0 if args[-1] else 4.0, {"a": 1.0}))
+    result = bench_run("regnety_100mf", "2x32+2x16", 1, steps=6, images=8)
+    rate, = result["images/s"]["ours"]
+    assert result["ratio"] == rate / 4 and result["ratio to tuned"] == rate / 8
+    with pytest.raises(RuntimeError, match="train.py --data=.* failed: train.py: error: "):
+        ours(tmp_path, "regnety_100mf", "2x32", 6, tmp_path / "run")

@@ -59,8 +59,8 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypat
         "failed", "failed", "ended", "ok", "ok", "ok"]
     assert raised["told"] == "RuntimeError: no kernel | for this"
     assert killed["told"] == "by signal 9; it said last: said killed"
-    told = "after 3 s; it said last: said hangs; with a child"
-    assert hung["told"] == told and hung["seconds"] < 60
+    said = "after 3 s; it said last: said hangs; with a child"
+    assert hung["told"] == said and hung["seconds"] < 60
     assert odd["told"].startswith("TypeError") and odd["result"] == {"answer": None}
     assert damaged["told"].startswith("JSONDecodeError") and damaged["result"] is None
     assert worked["told"] == "the answer is 42" and worked["result"] == {"answer": 42}
