@@ -44,7 +44,8 @@ def test_more_features_than_images_change_nothing():
     torch.testing.assert_close(scores, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("seeds", [(2, 3), pytest.param(range(4), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seeds", [(2, 3), range(4)])
 def test_the_cost_is_the_one_that_does_best_on_held_out_images(seeds):
     """Three folds, brute force. Too few images of the class for three folds: cost 1."""
     chosen = set()

@@ -181,6 +181,7 @@ def test_cores_are_written_without_an_exponent():
         "0.17", "3.4", "99", "151", "1,234"]
 
 
+@pytest.mark.long
 def test_a_plan_follows_what_is_given(tmp_path, capsys):
     train.main(["--plan", "--arch=regnety_16gf", "--gpus=4", "--micro-batch=8", "--batch-size=256",
                 "--images=1000000"])
@@ -189,8 +190,9 @@ def test_a_plan_follows_what_is_given(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("recipe", ["demo", "small", *(
-    pytest.param(recipe, marks=pytest.mark.long) for recipe in ("swav", "swav-bs256", "seer"))])
+@pytest.mark.parametrize("recipe", ["demo", *(
+    pytest.param(recipe, marks=pytest.mark.long)
+    for recipe in ("small", "swav", "swav-bs256", "seer"))])
 def test_a_plan_is_of_the_recipes_own_trunk(recipe, capsys):
     train.main(["--plan", f"--recipe={recipe}"])
     arch = configure({"recipe": recipe}).arch

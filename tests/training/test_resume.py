@@ -77,6 +77,7 @@ def test_what_is_not_named_comes_from_the_run(few_photos, tmp_path, monkeypatch,
     assert (ended["config"]["data"], ended["config"]["keep"]) == (str(photos), 9)
 
 
+@pytest.mark.long
 def test_the_same_data_by_another_name(few_photos, tmp_path, monkeypatch, capsys):
     out, photos = tmp_path / "run", tmp_path / "photos"
     shutil.copytree(few_photos, photos)
@@ -122,6 +123,7 @@ def test_a_set_that_changes_has_another_fingerprint(tmp_path):
 
 
 # -------------------------------------------------------------------- a product is not replaced
+@pytest.mark.long
 def test_a_product_without_its_checkpoint_stays(few_photos, tmp_path, capsys):
     out = tmp_path / "run"
     run(few_photos, out, "--steps=2")
@@ -147,6 +149,7 @@ def test_a_file_that_no_run_wrote_stays(name, few_photos, tmp_path, capsys):
     assert (tmp_path / name).read_text() == "mine"
 
 
+@pytest.mark.long
 def test_other_files_of_the_folder_stay(few_photos, tmp_path, capsys):
     (tmp_path / ".lock").write_text("mine")
     run(few_photos, tmp_path, "--steps=1")
@@ -163,6 +166,7 @@ def test_other_files_of_the_folder_stay(few_photos, tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------- at a signal
+@pytest.mark.long
 def test_a_step_is_dropped_between_two_micro_batches(few_photos, tmp_path, monkeypatch, capfd):
     """A signal in the first pass over four micro-batches: no other one is computed, the state of
     the step before is saved, and the run ends as if nothing had been."""

@@ -108,10 +108,11 @@ def test_each_precision_trains(photos, tmp_path, precision):
 
 
 @pytest.mark.parametrize("options", [
-    [], ["--queue=8", "--hard"], ["--weight-decay=0.1", "--lr=300", "--warmup=0.5",
-                                  "--final-lr=0.3", "--freeze-prototypes=2"],
+    ["--queue=8", "--weight-decay=0.1", "--lr=300", "--warmup=0.5", "--final-lr=0.3",
+     "--freeze-prototypes=2"],
     *(pytest.param(options, marks=pytest.mark.long) for options in (
-        ["--hard"], ["--queue=8"], ["--temperature=0.3", "--epsilon=0.2"],
+        [], ["--queue=8", "--hard"], ["--hard"], ["--queue=8"],
+        ["--temperature=0.3", "--epsilon=0.2"],
         ["--freeze-prototypes=2"], ["--sinkhorn-iterations=1"],
         ["--weight-decay=0.1", "--lr=300", "--warmup=0.5", "--final-lr=0.3"],
         ["--momentum=0.5", "--trust-coefficient=0.002"],

@@ -65,7 +65,9 @@ def test_full_networks_of_other_libraries(put, entry):
                                rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["regnet_x_400mf", "regnet_y_400mf", "regnet_y_800mf", "resnet50"])
+@pytest.mark.parametrize("name", ["regnet_y_400mf", *(
+    pytest.param(name, marks=pytest.mark.long)
+    for name in ("regnet_x_400mf", "regnet_y_800mf", "resnet50"))])
 def test_full_networks_of_torchvision(put, name):
     theirs = getattr(torchvision.models, name)().eval()
     trunk, *_ = load_trunk(str(put(theirs.state_dict())))
