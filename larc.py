@@ -25,6 +25,9 @@ A step needs seven passes over the parameters' bytes: the norms read p and g; th
 and v, and writes p and v. Operation by operation it would be thirteen. On a CPU the update goes
 block by block, each of which comes into the cache once; `compiled` makes one kernel of it, for a
 GPU. Norms of g that are known already (`gradient_norms`) save a pass.
+
+Tensors may be sharded (DTensors): norms are those of whole tensors, by one all-reduce over the
+ranks that share them; the update is of each rank's part.
 """
 import math
 from typing import Iterable, Iterator, Sequence
@@ -85,7 +88,8 @@ class LARC(torch.optim.Optimizer):
         p_scale = torch.where(adapted, rate * decay, 0.0)
         step_size = torch.full_like(rate, -group["lr"])     # a tensor: no new graph for a new rate
 
-        tensors = zip(params, grads, momenta, *(x.unbind() for x in (g_scale, p_scale, step_size)))
+        scales = (x.unbind() for x in (g_scale, p_scale, step_size))
+        tensors = zip(*map(local, (params, grads, momenta)), *scales)
         one_by_one = params[0].is_cpu and not self.compiled
         for some in blocks(tensors) if one_by_one else [zip(*tensors)]:
             self.update(*map(list, some), group["momentum"])
@@ -94,7 +98,28 @@ class LARC(torch.optim.Optimizer):
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """(number of tensors,), float32 or better, on their device."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.stack(torch._foreach_norm(tensors, dtype=wide))
+    found = torch._foreach_norm(local(tensors), dtype=wide)
+    sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+    if sharded:
+        from torch.distributed.tensor import DTensor, Partial
+        # parts of a tensor: their squares add up, over the ranks that have a part each
+        mesh, placements = sharded[0].device_mesh, sharded[0].placements
+        squares = torch.stack([x for x, of in zip(found, tensors) if is_sharded(of)]).square()
+        sums = DTensor.from_local(squares, mesh, [
+            Partial() if placement.is_shard() else placement for placement in placements])
+        whole = iter(sums.full_tensor().sqrt().unbind())
+        found = [next(whole) if is_sharded(of) else x for x, of in zip(found, tensors)]
+    return torch.stack(found)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this rank has a part."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of sharded tensors this rank's parts."""
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
 
 
 def update(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], g_scale: list[Tensor],

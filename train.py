@@ -23,6 +23,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 from data.demo import DemoImages
 from data.images import open_images
 from data.stream import NoReadableImage, Stream
+from distributed.fsdp import materialise, shard_mesh
 from distributed.hardware import affinity, autocast, pick_device, pick_precision, share_machine
 from distributed.ranks import (
     PATIENCE,
@@ -41,7 +43,7 @@ from distributed.ranks import (
     leave_together,
     rank_and_world,
 )
-from distributed.step import frozen_statistics, sync_gradients
+from distributed.step import backward, frozen_statistics, sync_gradients
 from distributed.wrap import check_compiler, try_update, wrap
 from evaluation.probe import open_probe
 from evaluation.summary import look_back
@@ -52,7 +54,13 @@ from recipes.command_line import configure, explain, parse_arguments, split_argu
 from recipes.config import Config, with_length
 from recipes.input import crop_of, settle
 from recipes.machine import choose
-from training.checkpoint import Saver, keep_products, load_run_state, start_from
+from training.checkpoint import (
+    Saver,
+    keep_products,
+    load_run_state,
+    start_from,
+    whole_method,
+)
 from training.monitor import Monitor, start_lines, usage
 from training.plan import fit_ranks, plan_of
 from training.resume import open_folder, remembered
@@ -90,7 +98,7 @@ def step_gradients(run: Run, step: int, micro_batches: list) -> tuple[Tensor, tu
                 outputs = run.wrapped(crops)                # embeddings (V*B, D), scores (V*B, K)
             target = targets[i] if n > 1 else method.targets(outputs, step)     # codes (A, B, K)
             loss = method.loss(outputs, target) / n         # swapped prediction, eq. 2
-            run.scaler.scale(loss).backward()
+            backward(run.wrapped, run.scaler.scale(loss), last=i == n - 1)
         total += loss.detach()
     return total, joined if n > 1 else tuple(x.detach() for x in outputs)
 
@@ -153,15 +161,12 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
     config, stream.images, workers, input_text = settle(config, images, device.type, world,
                                                         state and state["step"])
 
-    method = build_method(config, device, world)
-    if config.init and not state:
-        start_from(config.init, method, rank)
     if config.compile:
         with fail_together():
             check_compiler(device)
-    wrapped = wrap(method, device, config.sync_bn_group, config.checkpoint_activations,
-                   config.compile, config.channels_last, config.pad_widths,
-                   config.compress_gradients)
+    method, wrapped = build_network(config, device, dtype, world)
+    if config.init and not state:
+        start_from(config.init, method, rank)
     optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
                      config.trust_coefficient, compiled=device.type == "cuda")
     try_update(optimizer)
@@ -172,16 +177,29 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
         load_run_state(run, state)
     with fail_together():
         run.batches = open_loader(run, workers)
+        if config.probe and (rank == 0 or config.shard):
+            run.probe = open_probe(config, device, dtype)
         if rank == 0:
-            if config.probe:
-                run.probe = open_probe(config, device, dtype)
             run.out.mkdir(parents=True, exist_ok=True)
             run.lock = held or lock(run.out)
             if state:
-                keep_products(run)
+                keep_products(run, state)
             print("\n".join(filter(None, (start_lines(run), machine_text, input_text))), flush=True)
             write_config(config, run.out)
     return run
+
+
+def build_network(config: Config, device: torch.device, dtype: torch.dtype, world: int):
+    """-> the method with fresh weights, and what is called for passes with gradient."""
+    mesh = shard_mesh(device, config.shard_group) if config.shard else None
+    build = partial(build_method, config, "meta" if mesh else device, world)
+    method = build()
+    wrapped = wrap(method, device, config.sync_bn_group, config.checkpoint_activations,
+                   config.compile, config.channels_last, config.pad_widths,
+                   config.compress_gradients, mesh, dtype)
+    if mesh:
+        materialise(method, build, device)
+    return method, wrapped
 
 
 # ------------------------------------------------------------------------------------ the program
@@ -239,6 +257,8 @@ def main(argv: list[str] | None = None) -> None:
         run = launch(config, images, named, "grow" in asked)
     if rank == 0:               # the other ranks may exit
         if run.start < run.config.steps or not (run.out / "prototypes.png").exists():
+            if run.config.shard:
+                run.method = whole_method(run)
             look_back(run)
             print(usage(run.config, run.out))
         else:

@@ -16,7 +16,7 @@ from distributed.hardware import layout
 from larc import LARC
 from methods.build import build_method
 from recipes.config import Config
-from training.checkpoint import Writer
+from training.writer import Writer
 
 
 def bench_save(config: Config, device: torch.device, repeats: int) -> dict:

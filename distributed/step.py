@@ -1,15 +1,17 @@
-"""Step: BatchNorm and DDP under gradient accumulation.
+"""Step: BatchNorm, DDP and shards under gradient accumulation.
 
     with torch.no_grad(), frozen_statistics(model):         # scores first, for the codes
         scores = model(crops)
     with sync_gradients(wrapped, i == last):                # DDP communicates in the last one alone
-        loss(wrapped(crops)).backward()
+        backward(wrapped, loss(wrapped(crops)), i == last)
 """
 from contextlib import contextmanager, nullcontext
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from distributed.fsdp import Sharded
 
 
 @contextmanager
@@ -30,3 +32,12 @@ def sync_gradients(wrapped: nn.Module, now: bool):
     if now or not isinstance(wrapped, DistributedDataParallel):
         return nullcontext()
     return wrapped.no_sync()
+
+
+def backward(wrapped: nn.Module | Sharded, loss: Tensor, last: bool) -> None:
+    """Add to the gradients. last: whether it is the step's last micro-batch, after which they are
+    those of all ranks."""
+    if isinstance(wrapped, Sharded):
+        wrapped.backward(loss, last)
+    else:
+        loss.backward()

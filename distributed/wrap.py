@@ -1,4 +1,4 @@
-"""Wrap: SyncBatchNorm, padding, activation checkpointing, layout, compiling, DDP, from outside.
+"""Wrap: SyncBatchNorm, padding, activation checkpointing, layout, compiling, DDP or shards.
 
     model = SwAV(build_trunk("regnety_16gf"), head_bn=True).to(device)
     wrapped = wrap(model, device, checkpoint_activations=True, sync_bn_group=32)
@@ -15,10 +15,12 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import DeviceMesh
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from distributed.fsdp import Sharded, shard
 from distributed.hardware import layout
 from distributed.padding import pad
 from distributed.ranks import fail_together, is_main
@@ -30,7 +32,8 @@ from regnet import Block
 def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
          checkpoint_activations: bool = False, compiled: bool = False,
          channels_last: bool | None = None, pad_widths: bool = False,
-         compress_gradients: bool = False) -> nn.Module:
+         compress_gradients: bool = False, mesh: DeviceMesh | None = None,
+         dtype: torch.dtype = torch.float32) -> nn.Module | Sharded:
     """Everything that is done to a built model from outside, in this order:
 
     1. SyncBatchNorm over groups of ranks: replaces BatchNorm modules, so it comes first;
@@ -38,7 +41,8 @@ def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
     3. activation checkpointing: replaces the stages, so that a block is padded again in backward;
     4. memory layout: of the trunk's weights, for those of a linear layer have but one;
     5. compiling: of the trunk as it is by then, so that checkpointing is inside the graph;
-    6. DDP: last, for it takes the parameters as it finds them.
+    6. DDP, or shards over a mesh (fsdp.shard_mesh), which compute in dtype: last, for these take
+       the parameters as they find them. Sharded weights are contiguous.
 
     No parameter's name changes. `model`, which has a .trunk, is changed in place; its state dict
     and its passes without gradient stay in use. What is returned is for passes with gradient.
@@ -47,7 +51,12 @@ def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
     group = sync_group(sync_bn_group, ranks)
     if group > 1:
         convert(model, dist.new_subgroups(group)[0])    # its collectives do not wait for DDP's
+    if mesh:                                            # a weight that is cut has one layout
+        channels_last = False
     arrange(model.trunk, device, checkpoint_activations, channels_last, pad_widths)
+    if mesh:
+        blocks = [block for _, stage in stages_of(model.trunk) for block in stage]
+        return shard(model, blocks, mesh, dtype, compress_gradients)
     if compiled:
         compile_trunk(model.trunk)
     return model if ranks == 1 else distribute(model, device, compress_gradients)

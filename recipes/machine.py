@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from distributed.hardware import autocast, layout, processors
 from distributed.padding import odd_widths
 from distributed.ranks import fail_together, gather_lists, is_main
-from distributed.wrap import arrange
+from distributed.wrap import arrange, stages_of
 from methods.build import build_trunk
 from recipes.config import Config
 from recipes.input import LONG
@@ -108,6 +108,8 @@ def open_ways(config: Config, device: torch.device) -> tuple[Variant, list, list
     parts, the usual first."""
     odd = config.arch in ARCHS and bool(odd_widths(ARCHS[config.arch]))
     cuda, cpu = device.type == "cuda", device.type == "cpu"
+    # the padded copies of one block at a time are made with activation checkpointing alone
+    odd = odd and (config.checkpoint_activations or not config.shard)
     timed = cuda or cpu and training_flops(config.arch, config.crops) <= LONG
 
     def ways(asked: bool | None, usual: bool, tried: bool) -> list[bool]:
@@ -150,7 +152,7 @@ def prepared(config: Config, device: torch.device, variant: Variant
     """A trunk as wrap leaves it; noise for each crop size; the memory of the optimizer's momentum,
     so that what has no room in the run has none here."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
-        trunk = build_trunk(config.arch)
+        trunk = shallow_trunk(config, device) if config.shard else build_trunk(config.arch)
         crops = [torch.randn(spec.count * images_of(config, device), 3, spec.size, spec.size)
                  for spec in config.crops]
     arrange(trunk, device, bool(config.checkpoint_activations), variant.channels_last,
@@ -158,6 +160,19 @@ def prepared(config: Config, device: torch.device, variant: Variant
     form = layout(device, variant.channels_last)
     return (trunk, [x.to(memory_format=form) for x in crops],
             [torch.empty_like(p) for p in trunk.parameters()])
+
+
+def shallow_trunk(config: Config, device: torch.device) -> nn.Module:
+    """For a run in shards, whose whole weights have no room: the second block of a stage stands for
+    all that follow, which take as long as it does. Weights are noise."""
+    with torch.device("meta"):
+        trunk = build_trunk(config.arch)
+    for _, stage in stages_of(trunk):
+        for name, _ in list(stage.named_children())[2:]:
+            setattr(stage, name, stage[1])
+    for tensor in trunk.to_empty(device=device).state_dict().values():
+        nn.init.normal_(tensor, 0.0, 0.02) if tensor.dim() else tensor.zero_()
+    return trunk
 
 
 def one_pass(trunk: nn.Module, crops: list[Tensor], device: torch.device,

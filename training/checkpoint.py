@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete state in, complete state out, written in the background.
+"""Checkpoints of a run: complete state in, complete state out; writer.py writes them.
 
     saver = Saver(run)
     saver.step(done, force=saver.due())                 # saves where the configuration says so
@@ -11,11 +11,7 @@ The file holds the queue of all ranks, so a run may go on with another number of
 Shapes: A assigned crops, L queue length of a rank, D embedding.
 """
 import os
-import re
-import shutil
-import threading
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,22 +19,17 @@ from torch import nn
 
 from distributed.agreement import disagreement
 from distributed.ranks import barrier, fail_together, gather_lists
+from larc import norms
+from methods.build import build_method
 from training.rollback import NotFinite
 from training.run import Run
 from training.signals import Stop
-from training.snapshot import Snapshot
+from training.writer import ShardedWriter, Writer, trunk_of
 from weights.atomic import load, save
-from weights.load import load_weights
+from weights.load import load_weights, put
+from weights.sharded import fill, load_whole
 
 VERSION = 4
-
-
-def newest(folder: str | os.PathLike) -> list[Path]:
-    """A run's checkpoints, the newest first: checkpoint.pt, then those kept by step."""
-    kept = {int(match[1]): path for path in Path(folder).glob("checkpoint-*.pt")
-            if (match := re.fullmatch(r"checkpoint-(\d{9,})\.pt", path.name))}
-    last = Path(folder, "checkpoint.pt")
-    return [last] * last.exists() + [kept[step] for step in sorted(kept, reverse=True)]
 
 
 class Saver:
@@ -46,7 +37,8 @@ class Saver:
 
     def __init__(self, run: Run):
         self.run, self.saved, self.clock = run, run.start, time.monotonic()
-        self.writer = Writer(run.out, run.config.keep, run.config.keep_every, run.saved)
+        kind = ShardedWriter if run.config.shard else Writer
+        self.writer = kind(run.out, run.config.keep, run.config.keep_every, run.saved)
 
     def __enter__(self) -> "Saver":
         return self
@@ -69,11 +61,10 @@ class Saver:
         if difference := disagreement(run.method):
             raise Stop(f"{difference} at step {done}; they were not saved: the same command goes "
                        "on from what was saved before")
-        norms = torch.stack(torch._foreach_norm(list(run.method.parameters())))
-        if not norms.isfinite().all():
+        if not norms(list(run.method.parameters())).isfinite().all():
             raise NotFinite(f"the weights are not finite at step {done}", run.out)
         state, self.saved, self.clock = run_state(run, done), done, time.monotonic()
-        if run.rank == 0:
+        if run.rank == 0 or run.config.shard:
             self.writer.save(state)
 
     def finish(self, done: int) -> None:
@@ -85,73 +76,6 @@ class Saver:
         if self.writer.error:
             raise Stop(f"{self.writer.error}; {self.run.out} holds the run as it was before")
         barrier()
-
-
-class Writer:
-    """Saves in the background, from a snapshot: training waits for the copy alone, and for the save
-    before where it is not written yet.
-
-    trunk.pt, what state["model"] has under trunk., and checkpoint.pt, whose predecessor stays as
-    checkpoint-STEP.pt: of these the last `keep` - 1, and every one whose step is a multiple of
-    `keep_every`. A save that fails leaves all as it was; `error` says why, until one succeeds, and
-    `errors` all that went wrong.
-    """
-
-    def __init__(self, folder: str | os.PathLike, keep: int = 2, keep_every: int = 0,
-                 step: int | None = None):
-        """step: of the checkpoint.pt that is there; None where there is none, or a damaged one."""
-        self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
-        self.step, self.error, self.errors, self.thread = step, "", [], None
-        self.snapshot = Snapshot()
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.wait()
-
-    def save(self, state: dict) -> None:
-        self.wait()
-        self.thread = threading.Thread(target=self._write, args=[self.snapshot.take(state)])
-        self.thread.start()
-
-    def wait(self) -> None:
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-
-    def take_errors(self) -> list[str]:
-        """What went wrong since the last call."""
-        taken, self.errors = self.errors, []
-        return taken
-
-    def _write(self, state: dict) -> None:
-        last = self.folder / "checkpoint.pt"
-        product, first = self.folder / "trunk.pt", self.step is None
-        trunk = {name.removeprefix("trunk."): value for name, value in state["model"].items()
-                 if name.startswith("trunk.")}
-        try:
-            self.snapshot.wait()
-            if not first:               # else after it: no product is without its checkpoint
-                save(product, trunk)
-            if self.step is not None and last.exists():
-                kept = self.folder / f"checkpoint-{self.step:09d}.pt"
-                kept.unlink(missing_ok=True)
-                try:
-                    os.link(last, kept)
-                except OSError:         # not every file system has links
-                    shutil.copyfile(last, kept)
-            save(last, state)           # last: with it, the step counts
-            if first:
-                save(product, trunk)
-            self.step, self.error = state["step"], ""
-            for path in newest(self.folder)[max(1, self.keep):]:
-                step = int(path.stem.partition("-")[2])
-                if not (self.keep_every and step % self.keep_every == 0):
-                    path.unlink()
-        except Exception as error:      # no one else would see a thread's error
-            self.error = str(error) or type(error).__name__
-            self.errors.append(self.error)
 
 
 def run_state(run: Run, step: int) -> dict:
@@ -178,14 +102,25 @@ def run_state(run: Run, step: int) -> dict:
 
 
 def load_run_state(run: Run, state: dict) -> None:
-    """The way back from run_state. state["last"]: whether it is that of checkpoint.pt. Raises
-    ValueError where the network is another one."""
-    try:
-        run.method.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"the checkpoint is of another network: {reason}") from None
-    run.optimizer.load_state_dict(state["optimizer"])
+    """The way back from run_state, whether run and state are sharded or not. state["path"]: where
+    it is from; state["last"]: whether it is the last checkpoint. Raises ValueError where the
+    network is another one."""
+    whole = {f"model/{name}": x for name, x in state["model"].items()} | {
+        f"optimizer/state/{i}/{name}": x for i, kept in state["optimizer"]["state"].items()
+        for name, x in kept.items()}
+    shapes = {name: x.shape for name, x in whole.items()} | state["tensors"]
+    held = {f"model/{name}": x for name, x in run.method.state_dict(keep_vars=True).items()}
+    for i, p in enumerate(run.method.parameters()):
+        if (name := f"optimizer/state/{i}/momentum_buffer") in shapes:
+            held[name] = run.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    if differing := [name for name in sorted(held.keys() | shapes.keys())
+                     if name not in held or held[name].shape != shapes.get(name)]:
+        raise ValueError(f"the checkpoint is of another network: {differing[0]} differs")
+    for name, x in whole.items():
+        put(held[name], x)
+    if state["tensors"]:
+        fill(state["path"], {name: held[name].detach() for name in state["tensors"]},
+             dist.group.WORLD)
     run.scaler.load_state_dict(state["scaler"])
     if queue := getattr(run.method, "queue", None):
         embeddings = state["queue"]["embeddings"][:, run.rank::run.world].contiguous()
@@ -197,14 +132,16 @@ def load_run_state(run: Run, state: dict) -> None:
         run.pending["bad"] = []
 
 
-def keep_products(run: Run) -> None:
+def keep_products(run: Run, state: dict) -> None:
     """Of a run that goes on: a trunk.pt that is gone is written again; of a finished run that is
     extended, the weights stay in trunk-STEP.pt. On one rank. Raises ValueError where another file
     has that name."""
     names = ["trunk.pt"] * (not (run.out / "trunk.pt").exists())
     if run.config.extended_at == run.start:
         names.append(f"trunk-{run.start}.pt")
-    weights = run.method.trunk.state_dict() if names else {}
+    if names and state["tensors"]:
+        state = load_whole(state["path"], "model/trunk.")
+    weights = trunk_of(state) if names else {}
     for name in names:
         path = run.out / name
         if not os.path.lexists(path):
@@ -212,6 +149,13 @@ def keep_products(run: Run) -> None:
         elif not all(torch.equal(value.cpu(), held) for value, held in zip(
                 weights.values(), load(path).values(), strict=True)):
             raise ValueError(f"{path} is there, and holds other weights: move it")
+
+
+def whole_method(run: Run) -> nn.Module:
+    """Of a finished run in shards: its method whole, on this rank's device."""
+    method = build_method(run.config, "meta")
+    load_weights(method, run.out / "checkpoint")
+    return method.to(run.device)
 
 
 def start_from(source: str, method: nn.Module, rank: int) -> None:

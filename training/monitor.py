@@ -81,8 +81,10 @@ class Monitor:
         # note: a sync point, and with several ranks a collective
         loss, faults = mean_over_ranks(loss), gather_lists(pending["bad"])
         pending["bad_total"] += len(faults)
+        # weights in shards are gathered by all ranks, else rank 0 alone has a probe
+        probed = self.run.probe(self.run.method.trunk) if probing and self.run.probe else {}
         if self.main:
-            self.report(step, loss, None if verdict.bad else outputs, faults, probing)
+            self.report(step, loss, None if verdict.bad else outputs, faults, probed)
         seen, total = done * config.batch_size, pending["bad_total"]
         if total > MAX_BAD_SHARE * (seen + total) and total >= 10:
             raise Stop(f"{total} images in {seen} could not be read, more than "
@@ -91,7 +93,7 @@ class Monitor:
         self.logged, self.batches.waited = done, 0.0
 
     def report(self, step: int, loss: Tensor, outputs: tuple[Tensor, ...] | None, faults: list,
-               probing: bool) -> None:
+               probed: dict) -> None:
         """A line of log.jsonl, TensorBoard and the terminal. outputs: None after a bad step."""
         run, config, done = self.run, self.run.config, step + 1
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
@@ -102,8 +104,7 @@ class Monitor:
         entry |= {"skipped": run.pending["skipped"], "waited": self.batches.waited / seconds,
                   "images_per_second": (done - self.logged) * config.batch_size / seconds,
                   "memory_gb": peak_memory(run.device) / 1e9}
-        if probing:
-            entry |= run.probe(run.method.trunk)
+        entry |= probed
         if run.pending["events"]:
             entry["events"] = run.pending["events"]
         entry["failed_saves"] = self.saver.writer.take_errors()
@@ -143,6 +144,8 @@ def start_lines(run: Run) -> str:
             f"{config.steps * config.batch_size / count:,.1f} epochs{takes}\n"
             f"{run.device}, {str(run.dtype).removeprefix('torch.')}"
             + "; activation checkpointing" * bool(config.checkpoint_activations)
+            + f"; weights in shards of {shard_ranks(config.shard_group, world, world)} ranks" * bool(
+                config.shard)
             + "; compiled: the first step takes its time" * config.compile
             + norms + f"; {batches.workers} workers{ahead}; run folder {config.out}"
             + (f"; resumed after step {run.start}" if run.start else "")

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from distributed.ranks import fail_together, gather_lists, rank_and_world
 from recipes.config import LENGTHS, Config, check_ranks
-from training.checkpoint import VERSION, newest
+from training.checkpoint import VERSION
 from training.run_folder import lock, refuse_foreign
+from training.writer import LAST, newest
 from weights.atomic import load
+from weights.sharded import fault_of, keys, load_plain
 
 KNOWN = {field.name for field in dataclasses.fields(Config)}
 # what may change between the parts of one run; what is not remembered of it either
@@ -65,9 +67,7 @@ def open_folder(config: Config, images, given: Collection[str] | None = None, gr
             held = lock(out)
     state, config = resume(config, images, out, given, grow)
     check_ranks(config, world)
-    if len(set(gather_lists([(config, state["step"] if state else 0)]))) > 1:
-        raise ValueError(f"the ranks do not see the same images, or not the same "
-                         f"{out}/checkpoint.pt; both must be shared")
+    same_everywhere((config, state["step"] if state else 0), out)
     return held, state, config
 
 
@@ -86,7 +86,7 @@ def resume(config: Config, images, out: Path, given: Collection[str] | None = No
             raise ValueError(f"--grow: {out} holds no run to go on with")
         return None, config
     old = Config(**{name: value for name, value in state["config"].items() if name in KNOWN})
-    state |= {"last": path.name == "checkpoint.pt", "events": []}
+    state |= {"last": path.name in LAST, "events": []}
     named = KNOWN if given is None else set(given)
     changed = {name for name in KNOWN - FREE if getattr(old, name) != getattr(config, name)}
     new = {"data": config.data}
@@ -152,10 +152,11 @@ def newest_state(out: Path) -> tuple[dict | None, Path | None]:
     """The newest checkpoint that is not damaged, and its file; None where there is none. Raises
     ValueError where all are damaged, or of another version, or where the folder holds what a new
     run would replace."""
-    faults = []
-    for path in newest(out):
+    faults, paths = [], newest(out)
+    same_everywhere([path.name for path in paths], out)
+    for path in paths:
         try:
-            state = load(path)
+            state = open_checkpoint(path)
             break
         except ValueError as error:
             faults.append(str(error))
@@ -172,3 +173,23 @@ def newest_state(out: Path) -> tuple[dict | None, Path | None]:
     if faults and int(os.environ.get("RANK", 0)) == 0:
         print(f"{'; '.join(faults)}: going on from {path}", file=sys.stderr)
     return state, path
+
+
+def open_checkpoint(path: Path) -> dict:
+    """A run's state, with its "path" and, where it is sharded, the shapes of its "tensors", which
+    stay on the disk; the ranks share the work of checking them. Raises ValueError for a damaged
+    one, on all ranks alike."""
+    if not path.is_dir():
+        return {"tensors": {}} | load(path) | {"path": path}
+    with fail_together():
+        if fault := fault_of(path, *rank_and_world()):
+            raise ValueError(fault)
+        state, tensors = load_plain(path), keys(path)
+    return state | {"path": path, "tensors": {key: shape for key, (shape, _) in tensors.items()}}
+
+
+def same_everywhere(what, out: Path) -> None:
+    """Raises ValueError where the ranks do not see the same. A collective."""
+    if len(set(map(repr, gather_lists([what])))) > 1:
+        raise ValueError(f"the ranks do not see the same images, or not the same checkpoints in "
+                         f"{out}; both must be shared")

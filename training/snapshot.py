@@ -12,16 +12,19 @@ as much as the tensors take (pinned, PyTorch rounds each up to a power of two); 
 """
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 
 class Snapshot:
     """One at a time: take overwrites the tensors of the snapshot before."""
 
     def __init__(self):
-        self.buffers, self.copied = {}, None
+        self.buffers, self.copied, self.mesh = {}, None, None
 
     def take(self, state: dict) -> dict:
-        """state, of dicts, lists, tensors and plain values, with copies of the tensors."""
+        """state, of dicts, lists, tensors and plain values, with copies of the tensors; of sharded
+        ones (DTensors) this rank's part is copied, and the first time is a collective."""
         before, self.buffers, self.copied = self.buffers, {}, None
         copy = self._copy(state, (), before)
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -35,6 +38,10 @@ class Snapshot:
 
     def _copy(self, tree, place: tuple, before: dict):
         """place: the keys that lead to the tree, by which its buffers are found again."""
+        if isinstance(tree, DTensor):
+            part = self._copy(tree.to_local(), place, before)
+            return DTensor.from_local(part, self._hosts(tree.device_mesh), tree.placements,
+                                      run_check=False, shape=tree.shape, stride=tree.stride())
         if isinstance(tree, Tensor):
             buffer, wanted = before.get(place), torch.empty_like(tree, device="meta")
             if buffer is None or kind(buffer) != kind(wanted):
@@ -46,6 +53,14 @@ class Snapshot:
         if isinstance(tree, (list, tuple)):
             return [self._copy(value, (*place, i), before) for i, value in enumerate(tree)]
         return tree
+
+    def _hosts(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The same ranks, for tensors on the host."""
+        if mesh.device_type == "cpu":
+            return mesh
+        if self.mesh is None:
+            self.mesh = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+        return self.mesh
 
 
 def kind(tensor: Tensor) -> tuple:

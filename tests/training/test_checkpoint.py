@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers import environment
 from training import checkpoint
-from training.checkpoint import Writer, newest
+from training.writer import Writer, newest
 from weights import atomic
 
 

@@ -25,7 +25,7 @@ from tests.helpers import (
     write_pictures,
 )
 from training import checkpoint, signals
-from training.checkpoint import newest
+from training.writer import newest
 from training.monitor import Monitor
 from weights.atomic import load, save
 
