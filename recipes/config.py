@@ -133,6 +133,11 @@ class Config:
                               "for (--plan)", 0, 1_000_000)
     checkpoint_activations: bool | None = option(
         None, "activation checkpointing of each block; None: where memory is short without it")
+    shard: bool | None = option(
+        None, "FSDP2: each rank of a group keeps a shard of weights, gradients and momentum; None: "
+        "where there is no room for whole ones (--plan)")
+    shard_group: int = option(0, "ranks that hold one copy of the shards; 0: a node's, where there "
+                              "are several nodes, else all", 0, 100_000)
     compile: bool = option(False, "compile the trunk, one graph per crop size: a minute or more "
                            "before the first step (docs/speed.md: where it pays)")
     channels_last: bool | None = option(
@@ -235,6 +240,7 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
     check_ranges(config)
     check_crops(config)
     check_ranks(config, world)
+    check_shards(config)
     share = config.batch_size // world
     if config.micro_batch and share % config.micro_batch:
         fitting = max(n for n in range(1, min(config.micro_batch, share) + 1) if share % n == 0)
@@ -291,6 +297,16 @@ def check_ranks(config: Config, world: int) -> None:
             fitting = max(1, getattr(config, name) // world) * world
             raise ValueError(f"{flag(name)} {getattr(config, name)} is not divisible by {world} "
                              f"processes; {fitting} is")
+
+
+def check_shards(config: Config) -> None:
+    """Raises ValueError for what a sharded run cannot do."""
+    if config.shard and config.compile:
+        raise ValueError("a sharded network cannot be compiled: leave out --compile, or take "
+                         "--no-shard where the network has room")
+    if config.shard and config.precision == "fp16":
+        raise ValueError("--precision fp16 cannot be sharded: take bf16 or fp32, or --no-shard "
+                         "where the network has room")
 
 
 def flag(name: str) -> str:

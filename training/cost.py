@@ -8,6 +8,7 @@ It counts on the meta device, so neither a GPU nor the network's memory is neede
 are exact; the peak memory of a step is predicted to some per cent (`python -m bench step` measures
 both).
 """
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from distributed.fsdp import shard_ranks
 from distributed.padding import odd_widths
 from distributed.wrap import stages_of, sync_group
 from methods.build import build_method
@@ -22,16 +24,18 @@ from recipes.config import Config
 from regnet import ARCHS, complexity
 from swav import ASSIGNED, assigned_sizes
 
+NODE = 8                     # GPUs
 # NCCL's buffers of one group of ranks: 32 channels, each with a ring and a tree, each of these with
 # the buffers of three protocols (its src/include/device.h; NCCL_BUFFSIZE 4 MiB): an estimate
 NCCL_BUFFERS = 32 * 2 * (4 * 2 ** 20 + 120 * 640 * 8 * 8 + 8 * 512 * 8 * 16)
 
 
 class Cost(NamedTuple):
-    """Of a network: parameters, and BatchNorm layers with their channels. Of one image, over all
-    its crops: multiply-adds of a forward pass, and bytes of the trunk kept for backward."""
+    """Of a network: parameters, and BatchNorm layers with their channels. Units are what a sharded
+    run gathers at once: the stem, each block, the head. Of one image, over all its crops: multiply-adds of a forward pass, and bytes of the trunk kept for backward."""
     trunk_params: int
     params: int                          # of trunk, head and prototypes
+    units: list[int]                     # that are sharded, of each in its order: no BatchNorm's
     norms: list[int]                     # channels of the trunk's BatchNorms: one pass a crop size
     head_norms: list[int]                # of the head's: one pass for all sizes
     trunk_flops: int
@@ -63,10 +67,26 @@ def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
     views = sum(spec.count for spec in specs)
     first = first_sizes(config)
     return Cost(
-        trunk_params, params, norms, head_norms, total, total + views * head_flops,
+        trunk_params, params, unit_params(model), norms, head_norms, total, total + views * head_flops,
         sum(spec.count * (flops[spec] + head_flops) for spec in specs[:first]),
         *(sum(spec.count * kept[spec][i] for spec in specs) for i in (0, 1)),
         max(spec.count * kept[spec][2] for spec in specs))
+
+
+def unit_params(model: nn.Module) -> list[int]:
+    """Parameters that are sharded, of the stem, each block and the head. Whole on every rank are
+    those of BatchNorm, and the prototypes."""
+    def sharded(module: nn.Module) -> int:
+        return sum(p.numel() for part in module.modules() if not isinstance(part, _BatchNorm)
+                   for p in part.parameters(recurse=False))
+
+    blocks = [sharded(block) for _, stage in stages_of(model.trunk) for block in stage]
+    return [sharded(model.trunk) - sum(blocks), *blocks, sharded(model.head)]
+
+
+def shards_of(config: Config, ranks: int) -> int:
+    """Ranks among which the weights are sharded; 1: they are whole."""
+    return shard_ranks(config.shard_group, ranks, NODE) if config.shard else 1
 
 
 def first_sizes(config: Config) -> int:
@@ -114,8 +134,8 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
            dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """Bytes at the peak of a step, by part. On GPUs, where config.device names nothing else."""
     device, norms = torch.device(config.device or "cuda"), cost.norms + cost.head_norms
-    group = sync_group(config.sync_bn_group, ranks)
-    groups = ((ranks > 1) + (group > 1)) * (device.type == "cuda")
+    group, shards = sync_group(config.sync_bn_group, ranks), shards_of(config, ranks)
+    groups = ((ranks > 1) + (group > 1) + 2 * (1 < shards < ranks)) * (device.type == "cuda")
     views, share = sum(spec.count for spec in config.crops), config.batch_size // ranks
     pixels = sum(spec.count * 3 * spec.size ** 2 for spec in config.crops)
     kept = cost.inputs + cost.block if checkpointing else cost.activations
@@ -123,10 +143,27 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
     codes = 2 * ASSIGNED * rows * config.prototypes * 4       # scores of the whole share, and codes
     # of the head in autocast; then in float32 scores, log p, and the gradients of both
     loss = views * (2 * dtype.itemsize * sum(config.head) + 4 * 4 * config.prototypes)
+    # whether odd widths are padded is measured later
+    padded = (config.arch in ARCHS and bool(odd_widths(ARCHS[config.arch]))
+              and config.pad_widths is not False and device.type == "cuda")
+    parameters = (shard_memory(cost, shards, padded and checkpointing, dtype) if shards > 1 else
+                  whole_memory(cost, config, micro_batch, checkpointing, padded, dtype))
+    return parameters | {
+        "activations of the trunk": micro_batch * kept,
+        "head, scores and loss": micro_batch * loss + codes,
+        "crops, uint8 and float32": share * pixels + micro_batch * 4 * pixels,
+        # statistics of the widest layer, from all ranks of the group
+        "SyncBatchNorm's buffers": 4 * group * (2 * max(norms) + 1) if group > 1 else 0,
+        "NCCL's buffers (estimate)": NCCL_BUFFERS * groups,
+    }
+
+
+def whole_memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, padded: bool,
+                 dtype: torch.dtype) -> dict[str, float]:
+    """Bytes of parameters, by part, where each rank has all of them."""
     cast = 0 if dtype == torch.float32 else dtype.itemsize * cost.params
-    odd = config.arch in ARCHS and bool(odd_widths(ARCHS[config.arch]))
-    if odd and config.pad_widths is not False and device.type == "cuda" and not checkpointing:
-        # padded copies, of each crop size, take the place of a cast; whether is measured later
+    if padded and not checkpointing:
+        # padded copies, of each crop size, take the place of a cast
         cast += dtype.itemsize * cost.trunk_params * (len(config.crops) - (cast > 0))
     if checkpointing:   # all are there when forward ends; in backward one block takes their place
         cast = max(cast - micro_batch * cost.block, 0)
@@ -135,13 +172,34 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
         "gradients = communication buffers": 4 * cost.params,         # DDP's buckets
         "momentum": 4 * cost.params,
         "weights cast for autocast": cast,
-        "activations of the trunk": micro_batch * kept,
-        "head, scores and loss": micro_batch * loss + codes,
-        "crops, uint8 and float32": share * pixels + micro_batch * 4 * pixels,
-        # statistics of the widest layer, from all ranks of the group
-        "SyncBatchNorm's buffers": 4 * group * (2 * max(norms) + 1) if group > 1 else 0,
-        "NCCL's buffers (estimate)": NCCL_BUFFERS * groups,
     }
+
+
+def shard_memory(cost: Cost, shards: int, padded: bool, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes of parameters, by part, where a rank has one of so many shards. Two units are whole at
+    once: the one that is computed, and the one that is gathered before it is needed, or whose
+    gradients are sent. padded: a block at a time, with activation checkpointing alone."""
+    sharded, pair = sum(cost.units), max(map(sum, pairwise(cost.units)))
+    return {
+        "weights, float32 shards": 4 * sharded / shards,
+        "gradients, float32 shards": 4 * sharded / shards,
+        "momentum, float32 shards": 4 * sharded / shards,
+        # weights, gradients and momentum
+        "BatchNorm and prototypes, whole": 12 * (cost.params - sharded),
+        "gathered weights of two units": dtype.itemsize * pair,
+        # as backward makes them, and the float32 copy that is sent
+        "gradients of two units": (dtype.itemsize + 4) * pair,
+        "padded weights of a block": dtype.itemsize * max(cost.units[:-1]) * padded,
+    }
+
+
+def shard_passes(config: Config, micro_batches: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How often a step gathers the weights of the trunk and of the head; and how often it scatters
+    their gradients. A micro-batch goes forward and backward once a crop size, and forward once more
+    in the pass for the codes; the head has all sizes at once."""
+    sizes, accumulating = len(config.crops), micro_batches > 1
+    return ((micro_batches * (2 * sizes + first_sizes(config) * accumulating),
+             micro_batches * (2 + accumulating)), (micro_batches * sizes, micro_batches))
 
 
 def norm_passes(config: Config, micro_batches: int, checkpointing: bool) -> tuple[int, ...]:
@@ -156,6 +214,9 @@ def norm_passes(config: Config, micro_batches: int, checkpointing: bool) -> tupl
 def traffic(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, gpus: int) -> dict:
     """Bytes each GPU sends in a step, by purpose; collectives in rings."""
     micro_batches, ring = config.batch_size // gpus // micro_batch, 2 * (gpus - 1) / gpus
+    shards = shards_of(config, gpus)
+    parameters = (shard_traffic(cost, config, micro_batches, shards, gpus) if shards > 1 else
+                  {"gradients": ring * 4 * cost.params})
     group = sync_group(config.sync_bn_group, gpus)
 
     def forward(norms):             # all-gather of means, deviations and a count
@@ -169,8 +230,30 @@ def traffic(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, g
     synchronised = (
         trunk_forward * forward(cost.norms) + trunk_backward * backward(cost.norms)
         + head_forward * forward(cost.head_norms) + head_backward * backward(cost.head_norms))
-    return {"gradients": ring * 4 * cost.params, "SyncBatchNorm": synchronised,
-            "Sinkhorn": ring * 4 * ASSIGNED * config.prototypes * config.sinkhorn_iterations}
+    return parameters | {
+        "SyncBatchNorm": synchronised,
+        "Sinkhorn": ring * 4 * ASSIGNED * config.prototypes * config.sinkhorn_iterations}
+
+
+def shard_traffic(cost: Cost, config: Config, micro_batches: int, shards: int,
+                  gpus: int) -> dict[str, float]:
+    """Bytes each GPU sends in a step for weights and gradients. Gradients are scattered in float32,
+    then summed over the groups of GPUs that hold the same shards."""
+    gathered, scattered = (
+        trunk * sum(cost.units[:-1]) + head * cost.units[-1]
+        for trunk, head in shard_passes(config, micro_batches))
+    others, replicas = (shards - 1) / shards, gpus // shards
+    return {
+        "weights gathered": others * gathered_bytes(config) * gathered,
+        "gradients scattered": others * 4 * scattered,
+        "gradients, over groups": 2 * (replicas - 1) / replicas * 4 * scattered / shards,
+        "gradients of what is whole":
+            2 * (gpus - 1) / gpus * 4 * (cost.params - sum(cost.units))}
+
+
+def gathered_bytes(config: Config) -> int:
+    """Of a gathered weight: bf16, unless the run computes in float32."""
+    return 4 if config.precision == "fp32" else 2
 
 
 def work(cost: Cost, checkpointing: bool = False, accumulating: bool = False) -> float:

@@ -23,7 +23,8 @@ from weights.sharded import fault_of, keys, load_plain
 
 KNOWN = {field.name for field in dataclasses.fields(Config)}
 # what may change between the parts of one run; what is not remembered of it either
-MACHINE = {"out", "device", "workers", "micro_batch", "checkpoint_activations"}
+MACHINE = {"out", "device", "workers", "micro_batch", "checkpoint_activations", "shard",
+           "shard_group"}
 FREE = MACHINE | {"days", "cache", "log_every", "save_every", "save_minutes", "keep", "keep_every",
                   "max_bad_steps", "compile", "compress_gradients", "probe", "probe_every",
                   "channels_last", "pad_widths", "cudnn_benchmark", "threads"}
