@@ -40,10 +40,15 @@ def shard_ranks(wanted: int, ranks: int, of_node: int) -> int:
     return max(n for n in range(1, wanted + 1) if ranks % n == 0)
 
 
+def ranks_of_node() -> int:
+    """As torchrun says; else all ranks are of one node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
 def shard_mesh(device: torch.device, wanted: int) -> DeviceMesh:
     """(replicas, ranks of a copy), or (ranks,) where there is one copy. A collective."""
     world = dist.get_world_size()
-    ranks = shard_ranks(wanted, world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    ranks = shard_ranks(wanted, world, ranks_of_node())
     if ranks == world:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (world // ranks, ranks),

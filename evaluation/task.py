@@ -29,11 +29,13 @@ from multicrop import parse_channels, parse_crops
 from weights.atomic import file_digest
 from weights.files import Loaded, read
 from weights.load import arch_of, describe, load_weights
+from weights.sharded import SUMS, is_sharded
 from weights.official import OFFICIAL, official_names
 
 TILE = 96                                # pixels of an image in a sheet
 PRODUCTS = ("trunk.pt", "best.pt", "last.pt")        # their configuration is in config.json
-FILES = {"clusters": "checkpoint.pt", "classify": "best.pt"}     # of a run's folder; else trunk.pt
+# of a run's folder; else trunk.pt
+FILES = {"clusters": ["checkpoint.pt", "checkpoint"], "classify": ["best.pt"]}
 
 
 def load_trunk(source: str, arch: str = "",
@@ -161,19 +163,21 @@ class EvalTask:
     def name(self) -> str:
         """Of the network, as part of a folder's name."""
         path = self.loaded.path if self.loaded else Path("random")
-        return path.parent.name if path.name in (*PRODUCTS, "checkpoint.pt") else path.stem
+        return path.parent.name if path.name in (*PRODUCTS, *FILES["clusters"]) else path.stem
 
     def digest(self) -> str | None:
         """SHA-256 of the checkpoint's file, its first 16 digits."""
-        return file_digest(self.loaded.path) if self.loaded else None
+        path = self.loaded.path if self.loaded else None
+        return path and file_digest(path / SUMS if path.is_dir() else path)
 
 
 def open_task(options: argparse.Namespace) -> EvalTask:
     """Load what evaluate.py's command line names. Raises ValueError for what cannot be used."""
     device = pick_device(options.device, int(os.environ.get("LOCAL_RANK", 0)))
     source = Path(options.checkpoint)
-    if source.is_dir():                  # of a run of train.py, or of finetune
-        source = source / FILES.get(options.what, "trunk.pt")
+    if source.is_dir() and not is_sharded(source):      # of a run of train.py, or of finetune
+        names = [source / name for name in FILES.get(options.what, ["trunk.pt"])]
+        source = next(filter(Path.exists, names), names[0])
     trunk, config, loaded = load_trunk(str(source), options.arch, options.seed)
     preprocessing = choose_preprocessing(config, loaded.path if loaded else None, options)
     return EvalTask(options, device, str(source), trunk, config, loaded, preprocessing)

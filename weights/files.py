@@ -1,6 +1,7 @@
 """Files of weights: any public checkpoint of a RegNet -> tensors with torchvision's names.
 
-    loaded = read("model.pyth")                 # or a URL, an official name, a run's folder
+    loaded = read("model.pyth")                 # or a URL, an official name, a run's folder, or the
+                                                # folder of a sharded checkpoint
     loaded.tensors["stem.0.weight"]             # float32 (32, 3, 3, 3), on the CPU
     loaded.layout                               # "pycls": whose names the file has
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from weights.names import to_ours
 from weights.official import OFFICIAL, download, fetch
+from weights.sharded import is_sharded, load_whole
 from weights.terminal import reason
 
 
@@ -91,7 +93,7 @@ def read(source: str | os.PathLike, trust: bool = False, quiet: bool = False) ->
     """
     path = _path_of(source, quiet)
     try:
-        content = open_file(path, trust)
+        content = load_whole(path, "model/") if path.is_dir() else open_file(path, trust)
         tensors, layout = to_ours(state_dict_of(content))
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
@@ -110,11 +112,11 @@ def _path_of(source: str | os.PathLike, quiet: bool) -> Path:
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         name = urllib.parse.urlsplit(text).path.rpartition("/")[2]
         path = download(text, Path(torch.hub.get_dir(), "checkpoints", f"{digest}-{name}"))
-    if path.is_dir():                               # a run's
+    if path.is_dir() and not is_sharded(path):      # a run's
         path = path / "trunk.pt"
         if not path.is_file():
             raise ValueError(f"{source} is a folder without a trunk.pt: name a file")
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{source} is neither a file nor the name of an official one "
                          "(python -m weights lists them)")
     return path

@@ -1,0 +1,221 @@
+"""The checkpoint of a sharded run: a folder that is whole, or is not there.
+
+    save_sharded("run/checkpoint", state, group)        # on every rank of the group
+    state = load_plain("run/checkpoint")                # what is not sharded
+    fill("run/checkpoint", {"model/fc.weight": weight}) # into whole tensors, or any shards
+    state = load_whole("run/checkpoint")                # all, on the host
+
+A state is a tree of dicts and lists, whose leaves are tensors and plain values. Sharded tensors
+(DTensors) are in tensors/, by torch.distributed.checkpoint, named by their path in the tree; all
+else is rank 0's, in state.pt; sha256.json has the sums of all files, and is written last. So what
+differs between ranks without being sharded, as BatchNorm's running statistics, is rank 0's.
+
+The metadata of torch.distributed.checkpoint is a pickle: it is read by an unpickler that knows the
+classes of such metadata alone, so that a folder from elsewhere runs no code.
+"""
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.tensor import DTensor
+
+from weights.atomic import digest, flush_folder, load, save
+from weights.terminal import reason
+
+SUMS = "sha256.json"
+
+
+# -------------------------------------------------------------------------------------- the state
+def split(tree, path: tuple = ()) -> tuple[object, dict[str, DTensor]]:
+    """The tree without its sharded leaves; these by their path."""
+    if isinstance(tree, DTensor):
+        return None, {"/".join(map(str, path)): tree}
+    if not isinstance(tree, (dict, list, tuple)):
+        return tree, {}
+    is_dict, rest, sharded = isinstance(tree, dict), {}, {}
+    for key, value in tree.items() if is_dict else enumerate(tree):
+        rest[key], found = split(value, (*path, key))
+        sharded |= found
+        if isinstance(value, DTensor):
+            del rest[key]
+    return (rest if is_dict else list(rest.values())), sharded
+
+
+def join(tree: dict, tensors: dict[str, Tensor]) -> dict:
+    """The way back from split, for trees whose sharded leaves lie in dicts. In place."""
+    for path, tensor in tensors.items():
+        *way, last = [int(key) if key.isdigit() else key for key in path.split("/")]
+        place = tree
+        for key in way:
+            place = place[key]
+        place[last] = tensor
+    return tree
+
+
+# ---------------------------------------------------------------------------------------- writing
+def save_sharded(path: str | os.PathLike, state: dict, group: dist.ProcessGroup,
+                 before: Callable[[Path], None] | None = None) -> None:
+    """Write state to a folder, all or nothing: a collective of the group, on the host. before(aside)
+    is called on rank 0 when all is written, and has to move away what is at path. Raises OSError,
+    the same on all ranks, where a rank cannot write."""
+    path, aside, rank = Path(path), Path(f"{path}.tmp"), group.rank()
+    rest, tensors = split(state)
+    with same_error(path, group):
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / "tensors").mkdir(parents=True)
+            save(aside / "state.pt", rest)
+    try:
+        with same_error(path, group):
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside / "tensors"),
+                     process_group=group)
+        sums, names = {}, [f"tensors/{file.name}" for file in (aside / "tensors").glob(
+            f"__{dist.get_rank()}_*")] + ["state.pt", "tensors/.metadata"] * (rank == 0)
+        with same_error(path, group):
+            sums = {name: sum_of(aside / name) for name in names}
+        gathered = [None] * group.size()
+        dist.all_gather_object(gathered, sums, group=group)
+        with same_error(path, group):
+            if rank == 0:
+                (aside / SUMS).write_text(json.dumps(
+                    {name: sum for sums in gathered for name, sum in sums.items()}, indent=1))
+                flush(aside / SUMS)
+                for folder in (aside / "tensors", aside):
+                    flush_folder(folder)
+                if before:
+                    before(aside)
+                os.rename(aside, path)
+                flush_folder(path.parent)
+    except OSError:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+class same_error:
+    """At the end of the block an error of one rank of the group becomes the same OSError on all."""
+
+    def __init__(self, path: Path, group: dist.ProcessGroup):
+        self.path, self.group = path, group
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        errors = [None] * self.group.size()
+        dist.all_gather_object(errors, cause_of(error) if error else "", group=self.group)
+        if first := next(filter(None, errors), ""):
+            raise OSError(f"{self.path} could not be saved: {first}") from None
+
+
+def cause_of(error: BaseException) -> str:
+    """Of what torch.distributed.checkpoint raises: the first rank's own error."""
+    failures = getattr(error, "failures", None) or {}
+    return reason(next((wrapped[0] for wrapped in failures.values()), error))
+
+
+def sum_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return digest(file, os.path.getsize(path))
+
+
+def flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------------------------------- reading
+def is_sharded(path: str | os.PathLike) -> bool:
+    """Whether it is such a folder."""
+    return Path(path, SUMS).is_file()
+
+
+def fault_of(path: str | os.PathLike, part: int = 0, parts: int = 1) -> str:
+    """What is wrong with a folder, in a sentence, or "". Of its files every parts-th is read, from
+    part on, so that ranks can share the work."""
+    try:
+        sums = json.loads(Path(path, SUMS).read_text())
+        for name in sorted(sums)[part::parts]:
+            if sum_of(Path(path, name)) != sums[name]:
+                return f"{path} is damaged: {name} is not as it was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{path} is damaged, or no checkpoint ({reason(error)})"
+    return ""
+
+
+def load_plain(path: str | os.PathLike) -> dict:
+    """The tree without its sharded leaves. Raises ValueError."""
+    return load(Path(path, "state.pt"))
+
+
+def keys(path: str | os.PathLike) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of the sharded tensors, by their path in the tree. Raises ValueError."""
+    found = Reader(Path(path, "tensors")).read_metadata().state_dict_metadata
+    return {key: (tensor.size, tensor.properties.dtype) for key, tensor in found.items()}
+
+
+def fill(path: str | os.PathLike, targets: dict[str, Tensor], group=None) -> None:
+    """Read the tensors of these paths into the targets, whole ones or shards of any mesh. group: of
+    the ranks that read together; None: this process alone. Raises ValueError for what is not
+    there."""
+    there = keys(path)
+    for key, target in targets.items():
+        if key not in there or there[key][0] != target.shape:
+            raise ValueError(f"{path} holds no {key} of shape {tuple(target.shape)}")
+    if targets:
+        with warnings.catch_warnings():             # that one process reads alone
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(targets, storage_reader=Reader(Path(path, "tensors")), process_group=group,
+                     no_dist=group is None)
+
+
+def load_whole(path: str | os.PathLike, prefix: str = "") -> dict:
+    """The tree with its sharded leaves, of paths that begin with prefix, as whole tensors on the
+    host. Raises ValueError."""
+    tensors = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in keys(path).items()
+               if key.startswith(prefix)}
+    fill(path, tensors)
+    return join(load_plain(path), tensors)
+
+
+class Reader(dcp.FileSystemReader):
+    """Whose metadata runs no code."""
+
+    def read_metadata(self, *args, **options) -> dcp_metadata.Metadata:
+        path = self.path / ".metadata"
+        try:
+            with open(path, "rb") as file:
+                metadata = Unpickler(file).load()
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, or no metadata ({reason(error)})") from None
+        metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class Unpickler(pickle.Unpickler):
+    """Of classes that are needed for metadata. Raises ValueError for any other."""
+    MODULES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+    OTHERS = {("torch", "Size"), ("torch.serialization", "_get_layout"),
+              *((module, name) for module in ("pathlib", "pathlib._local")
+                for name in ("PosixPath", "WindowsPath"))}
+
+    def find_class(self, module: str, name: str):
+        known = module in self.MODULES and name in (
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
+            "ChunkStorageMetadata", "BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING",
+            "_StorageInfo")
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not (known or is_dtype or (module, name) in self.OTHERS):
+            raise ValueError(f"metadata holds {module}.{name}, which could run code")
+        return super().find_class(module, name)
