@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from weights.load import put
+from weights.sharded import put
 
 # what initialisers fill a tensor with, by the names of torch.nn.init and of Tensor's methods
 FILLS = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_",
@@ -57,24 +57,31 @@ def shard_mesh(device: torch.device, wanted: int) -> DeviceMesh:
 
 def shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype,
           compress: bool = False) -> "Sharded":
-    """Make the parameters of a model with .trunk, .head and .prototypes DTensors, but for those
-    that stay whole. units: modules of the trunk that are gathered one at a time.  dtype: of the
-    computation.  compress: gradients are averaged in bf16, else in float32."""
+    """Make the parameters of a model with a .trunk DTensors on the mesh's device, but for those
+    that stay whole. units: modules of the trunk that are gathered one at a time; what else a child
+    of the model has is one more.  dtype: of the computation.  compress: gradients are averaged in
+    bf16, else in float32."""
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32 or compress:
         policy = MixedPrecisionPolicy(dtype, torch.bfloat16 if compress else torch.float32)
-    options = dict(mesh=mesh, mp_policy=policy, ignored_params=set(whole_parameters(model)))
+    whole = set(whole_parameters(model))
+    for p in whole:
+        if not p.is_meta:
+            p.data = p.data.to(mesh.device_type)
     # FSDP's own hook is on the output, which must not be a view
     model.trunk.register_forward_hook(lambda trunk, inputs, features: features.clone())
-    for unit in (*units, model.trunk, model.head):
-        fully_shard(unit, **options, reshard_after_forward=True)
+    for unit in (*units, *model.children()):
+        if not whole.issuperset(unit.parameters()):
+            fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole,
+                        reshard_after_forward=True)
     return Sharded(model)
 
 
 def whole_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Those that are not sharded."""
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return [p for module in (*norms, model.prototypes) for p in module.parameters()]
+    whole = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    whole += [model.prototypes] if hasattr(model, "prototypes") else []
+    return [p for module in whole for p in module.parameters()]
 
 
 class Sharded:
@@ -104,7 +111,9 @@ class Sharded:
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add to the gradients. last: whether it is a step's last micro-batch, after which the
         gradients are those of all ranks."""
-        self.model.head.set_requires_all_reduce(last)
+        for module in self.model.children():        # between replicas, once a step
+            if isinstance(module, FSDPModule):
+                module.set_requires_all_reduce(last and module is not self.model.trunk)
         loss.backward()
         while self.cuts:
             features, leaf = self.cuts.pop()

@@ -29,8 +29,8 @@ from multicrop import parse_channels, parse_crops
 from weights.atomic import file_digest
 from weights.files import Loaded, read
 from weights.load import arch_of, describe, load_weights
-from weights.sharded import SUMS, is_sharded
 from weights.official import OFFICIAL, official_names
+from weights.sharded import SUMS, is_sharded
 
 TILE = 96                                # pixels of an image in a sheet
 PRODUCTS = ("trunk.pt", "best.pt", "last.pt")        # their configuration is in config.json

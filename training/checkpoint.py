@@ -26,8 +26,8 @@ from training.run import Run
 from training.signals import Stop
 from training.writer import ShardedWriter, Writer, trunk_of
 from weights.atomic import load, save
-from weights.load import load_weights, put
-from weights.sharded import fill, load_whole
+from weights.load import load_weights
+from weights.sharded import load_whole, restore
 
 VERSION = 4
 
@@ -105,22 +105,8 @@ def load_run_state(run: Run, state: dict) -> None:
     """The way back from run_state, whether run and state are sharded or not. state["path"]: where
     it is from; state["last"]: whether it is the last checkpoint. Raises ValueError where the
     network is another one."""
-    whole = {f"model/{name}": x for name, x in state["model"].items()} | {
-        f"optimizer/state/{i}/{name}": x for i, kept in state["optimizer"]["state"].items()
-        for name, x in kept.items()}
-    shapes = {name: x.shape for name, x in whole.items()} | state["tensors"]
-    held = {f"model/{name}": x for name, x in run.method.state_dict(keep_vars=True).items()}
-    for i, p in enumerate(run.method.parameters()):
-        if (name := f"optimizer/state/{i}/momentum_buffer") in shapes:
-            held[name] = run.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    if differing := [name for name in sorted(held.keys() | shapes.keys())
-                     if name not in held or held[name].shape != shapes.get(name)]:
-        raise ValueError(f"the checkpoint is of another network: {differing[0]} differs")
-    for name, x in whole.items():
-        put(held[name], x)
-    if state["tensors"]:
-        fill(state["path"], {name: held[name].detach() for name in state["tensors"]},
-             dist.group.WORLD)
+    restore(run.method, run.optimizer, state, state["path"],
+            dist.group.WORLD if dist.is_initialized() else None)
     run.scaler.load_state_dict(state["scaler"])
     if queue := getattr(run.method, "queue", None):
         embeddings = state["queue"]["embeddings"][:, run.rank::run.world].contiguous()
@@ -139,7 +125,7 @@ def keep_products(run: Run, state: dict) -> None:
     names = ["trunk.pt"] * (not (run.out / "trunk.pt").exists())
     if run.config.extended_at == run.start:
         names.append(f"trunk-{run.start}.pt")
-    if names and state["tensors"]:
+    if names and state["path"].is_dir():
         state = load_whole(state["path"], "model/trunk.")
     weights = trunk_of(state) if names else {}
     for name in names:

@@ -19,7 +19,7 @@ from training.checkpoint import VERSION
 from training.run_folder import lock, refuse_foreign
 from training.writer import LAST, newest
 from weights.atomic import load
-from weights.sharded import fault_of, keys, load_plain
+from weights.sharded import fault_of, load_plain
 
 KNOWN = {field.name for field in dataclasses.fields(Config)}
 # what may change between the parts of one run; what is not remembered of it either
@@ -177,16 +177,14 @@ def newest_state(out: Path) -> tuple[dict | None, Path | None]:
 
 
 def open_checkpoint(path: Path) -> dict:
-    """A run's state, with its "path" and, where it is sharded, the shapes of its "tensors", which
-    stay on the disk; the ranks share the work of checking them. Raises ValueError for a damaged
-    one, on all ranks alike."""
+    """A run's state, with its "path". Sharded tensors stay on the disk, and the ranks share the
+    work of checking them. Raises ValueError for a damaged one, on all ranks alike."""
     if not path.is_dir():
-        return {"tensors": {}} | load(path) | {"path": path}
+        return load(path) | {"path": path}
     with fail_together():
         if fault := fault_of(path, *rank_and_world()):
             raise ValueError(fault)
-        state, tensors = load_plain(path), keys(path)
-    return state | {"path": path, "tensors": {key: shape for key, (shape, _) in tensors.items()}}
+        return load_plain(path) | {"path": path}
 
 
 def same_everywhere(what, out: Path) -> None:

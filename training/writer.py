@@ -4,8 +4,8 @@
         writer.save(run_state(run, step))               # training waits for the copy alone
     newest("runs/mine")                                 # [checkpoint.pt, checkpoint-000000500.pt]
 
-A run that is not sharded has checkpoint.pt, a sharded one a folder `checkpoint` (weights/sharded.py).
-A run may change from one form to the other, and then keeps older ones of both.
+A run that is not sharded has checkpoint.pt, a sharded one a folder `checkpoint`, as
+weights/sharded.py writes it. A run may change its form, and then keeps older ones of both.
 """
 import os
 import re
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from distributed.ranks import PATIENCE, is_main
 from training.snapshot import Snapshot
 from weights.atomic import save
-from weights.sharded import load_whole, save_sharded
+from weights.sharded import load_whole, remove, save_sharded
 
 LAST = "checkpoint.pt", "checkpoint"
 
@@ -30,16 +30,6 @@ def newest(folder: str | os.PathLike) -> list[Path]:
             if (match := re.fullmatch(r"checkpoint-(\d{9,})(\.pt)?", path.name))}
     last = [path for name in LAST if (path := Path(folder, name)).exists()]
     return last + [kept[key] for key in sorted(kept, reverse=True)]
-
-
-def remove(path: Path) -> None:
-    """A file, or a folder, which is whole under its name, or not there."""
-    if path.is_dir():
-        aside = path.with_name(path.name + ".old")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
-        shutil.rmtree(aside)
-    path.unlink(missing_ok=True)
 
 
 class Writer:

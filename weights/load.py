@@ -17,11 +17,11 @@ import re
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from weights.files import Loaded, read
 from weights.names import without_wrappers
 from weights.official import OFFICIAL
+from weights.sharded import put
 
 
 def load_weights(model: nn.Module, source, trust: bool = False, quiet: bool = False) -> Loaded:
@@ -95,20 +95,6 @@ def _put(model: nn.Module, key: str, old: Tensor, new: Tensor) -> None:
     new = new.to(old.dtype)
     setattr(model.get_submodule(owner), leaf, nn.Parameter(new, old.requires_grad)
             if isinstance(old, nn.Parameter) else new)
-
-
-@torch.no_grad()
-def put(target: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into target; into one that is sharded (a DTensor), this rank's part."""
-    if isinstance(target, DTensor):
-        for dim, placement in enumerate(target.placements):
-            if placement.is_shard():
-                parts = whole.chunk(target.device_mesh.size(dim), placement.dim)
-                part = target.device_mesh.get_local_rank(dim)
-                # of fewer rows than ranks the last ranks have none
-                whole = parts[part] if part < len(parts) else whole.narrow(placement.dim, 0, 0)
-        target = target.to_local()
-    target.copy_(whole)
 
 
 def stages_of(tensors: dict[str, Tensor]) -> tuple[list[tuple[int, int, int]], bool]:

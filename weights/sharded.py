@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.tensor import DTensor
 
@@ -64,9 +64,10 @@ def join(tree: dict, tensors: dict[str, Tensor]) -> dict:
 # ---------------------------------------------------------------------------------------- writing
 def save_sharded(path: str | os.PathLike, state: dict, group: dist.ProcessGroup,
                  before: Callable[[Path], None] | None = None) -> None:
-    """Write state to a folder, all or nothing: a collective of the group, on the host. before(aside)
-    is called on rank 0 when all is written, and has to move away what is at path. Raises OSError,
-    the same on all ranks, where a rank cannot write."""
+    """Write state to a folder, all or nothing: a collective of the group, on the host.
+
+    before(aside) is called on rank 0 when all is written into the folder aside, and has to move
+    away what is at path. Raises OSError, the same on all ranks, where a rank cannot write."""
     path, aside, rank = Path(path), Path(f"{path}.tmp"), group.rank()
     rest, tensors = split(state)
     with same_error(path, group):
@@ -99,6 +100,16 @@ def save_sharded(path: str | os.PathLike, state: dict, group: dist.ProcessGroup,
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def remove(path: Path) -> None:
+    """A checkpoint: a file, or a folder, which is whole under its name or not there."""
+    if path.is_dir():
+        aside = path.with_name(path.name + ".old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        shutil.rmtree(aside)
+    path.unlink(missing_ok=True)
 
 
 class same_error:
@@ -168,15 +179,16 @@ def fill(path: str | os.PathLike, targets: dict[str, Tensor], group=None) -> Non
     """Read the tensors of these paths into the targets, whole ones or shards of any mesh. group: of
     the ranks that read together; None: this process alone. Raises ValueError for what is not
     there."""
+    if not targets:
+        return
     there = keys(path)
     for key, target in targets.items():
         if key not in there or there[key][0] != target.shape:
             raise ValueError(f"{path} holds no {key} of shape {tuple(target.shape)}")
-    if targets:
-        with warnings.catch_warnings():             # that one process reads alone
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.load(targets, storage_reader=Reader(Path(path, "tensors")), process_group=group,
-                     no_dist=group is None)
+    with warnings.catch_warnings():                 # that one process reads alone
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(targets, storage_reader=Reader(Path(path, "tensors")), process_group=group,
+                 no_dist=group is None)
 
 
 def load_whole(path: str | os.PathLike, prefix: str = "") -> dict:
@@ -186,6 +198,43 @@ def load_whole(path: str | os.PathLike, prefix: str = "") -> dict:
                if key.startswith(prefix)}
     fill(path, tensors)
     return join(load_plain(path), tensors)
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, path: Path,
+            group=None) -> None:
+    """Put a run's state, read from path, back into its model and optimizer, whichever of the two
+    are sharded. group: as of fill. Raises ValueError where the state is of another model."""
+    whole = {f"model/{name}": x for name, x in state["model"].items()} | {
+        f"optimizer/state/{i}/{name}": x for i, kept in state["optimizer"]["state"].items()
+        for name, x in kept.items()}
+    sharded = keys(path) if path.is_dir() else {}
+    shapes = {name: x.shape for name, x in whole.items()} | {
+        name: shape for name, (shape, _) in sharded.items()}
+    held = {f"model/{name}": x for name, x in model.state_dict(keep_vars=True).items()}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if (name := f"optimizer/state/{i}/momentum_buffer") in shapes:
+            held[name] = optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    differing = [name for name in sorted(held.keys() | shapes.keys())
+                 if name not in held or held[name].shape != shapes.get(name)]
+    if differing:
+        raise ValueError(f"the checkpoint is of another network: it differs in {differing[0]}")
+    for name, x in whole.items():
+        put(held[name], x)
+    fill(path, {name: held[name].detach() for name in sharded}, group)
+
+
+@torch.no_grad()
+def put(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into target; into one that is sharded (a DTensor), this rank's part."""
+    if isinstance(target, DTensor):
+        for dim, placement in enumerate(target.placements):
+            if placement.is_shard():
+                parts = whole.chunk(target.device_mesh.size(dim), placement.dim)
+                part = target.device_mesh.get_local_rank(dim)
+                # of fewer rows than ranks the last ranks have none
+                whole = parts[part] if part < len(parts) else whole.narrow(placement.dim, 0, 0)
+        target = target.to_local()
+    target.copy_(whole)
 
 
 class Reader(dcp.FileSystemReader):

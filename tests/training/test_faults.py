@@ -25,8 +25,8 @@ from tests.helpers import (
     write_pictures,
 )
 from training import checkpoint, signals
-from training.writer import newest
 from training.monitor import Monitor
+from training.writer import newest
 from weights.atomic import load, save
 
 STEPS = 24

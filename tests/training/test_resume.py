@@ -19,9 +19,9 @@ from recipes.config import with_length
 from swav import SwAV
 from tests.helpers import ROOT, SMALL, equal, log_of, refuse, run, write_pictures
 from training import monitor
-from training.writer import newest
 from training.resume import resume
 from training.signals import Signals
+from training.writer import newest
 from weights.atomic import load
 from weights.terminal import Output
 
