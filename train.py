@@ -23,7 +23,6 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +32,6 @@ from torch import Tensor
 from data.demo import DemoImages
 from data.images import open_images
 from data.stream import NoReadableImage, Stream
-from distributed.fsdp import materialise, shard_mesh
 from distributed.hardware import affinity, autocast, pick_device, pick_precision, share_machine
 from distributed.ranks import (
     PATIENCE,
@@ -44,12 +42,11 @@ from distributed.ranks import (
     rank_and_world,
 )
 from distributed.step import backward, frozen_statistics, sync_gradients
-from distributed.wrap import check_compiler, try_update, wrap
+from distributed.wrap import check_compiler, try_update
 from evaluation.probe import open_probe
 from evaluation.summary import look_back
 from figures.curves import curves
 from larc import LARC
-from methods.build import build_method
 from recipes.command_line import configure, explain, parse_arguments, split_arguments
 from recipes.config import Config, with_length
 from recipes.input import crop_of, settle
@@ -65,7 +62,7 @@ from training.monitor import Monitor, start_lines, usage
 from training.plan import fit_ranks, plan_of
 from training.resume import open_folder, remembered
 from training.rollback import Rollback
-from training.run import Run, open_loader
+from training.run import Run, build_network, open_loader
 from training.run_folder import lock, write_config
 from training.signals import INTERRUPTED, Interrupted, Signals, StepDropped, Stop
 from weights.terminal import outlive_terminal, reason
@@ -187,19 +184,6 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
             print("\n".join(filter(None, (start_lines(run), machine_text, input_text))), flush=True)
             write_config(config, run.out)
     return run
-
-
-def build_network(config: Config, device: torch.device, dtype: torch.dtype, world: int):
-    """-> the method with fresh weights, and what is called for passes with gradient."""
-    mesh = shard_mesh(device, config.shard_group) if config.shard else None
-    build = partial(build_method, config, "meta" if mesh else device, world)
-    method = build()
-    wrapped = wrap(method, device, config.sync_bn_group, config.checkpoint_activations,
-                   config.compile, config.channels_last, config.pad_widths,
-                   config.compress_gradients, mesh, dtype)
-    if mesh:
-        materialise(method, build, device)
-    return method, wrapped
 
 
 # ------------------------------------------------------------------------------------ the program

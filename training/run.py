@@ -12,9 +12,12 @@ from torch import nn
 
 from data.loader import Augment, Loader, check_shared_memory, free_shared_memory
 from data.stream import Positions, Stream
+from distributed.fsdp import materialise, shard_mesh
 from distributed.hardware import count_workers, layout
 from distributed.ranks import rank_and_world
+from distributed.wrap import wrap
 from evaluation.probe import Probe
+from methods.build import build_method
 from multicrop import Photometric
 from recipes.config import Config
 from training.signals import ignore_signals
@@ -47,6 +50,20 @@ class Run:
     @property
     def out(self) -> Path:
         return Path(self.config.out)
+
+
+def build_network(config: Config, device: torch.device, dtype: torch.dtype, world: int):
+    """-> the method with fresh weights, and what is called in its place for passes with gradient.
+    Of a sharded run no rank has whole weights at any time."""
+    mesh = shard_mesh(device, config.shard_group) if config.shard else None
+    build = partial(build_method, config, "meta" if mesh else device, world)
+    method = build()
+    wrapped = wrap(method, device, config.sync_bn_group, config.checkpoint_activations,
+                   config.compile, config.channels_last, config.pad_widths,
+                   config.compress_gradients, mesh, dtype)
+    if mesh:
+        materialise(method, build, device)
+    return method, wrapped
 
 
 def open_loader(run: Run, workers: int) -> Loader:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import environment
-from training import checkpoint
+from training import writer
 from training.writer import Writer, newest
 from weights import atomic
 
@@ -41,22 +41,22 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 
 def test_a_damaged_checkpoint_does_not_take_the_place_of_a_good_one(tmp_path, monkeypatch):
     """The run went on from the older of two, and the next save fails."""
-    with Writer(tmp_path) as writer:
+    with Writer(tmp_path) as saves:
         for step in (1, 2):
-            writer.save({"step": step, "model": {}})
+            saves.save({"step": step, "model": {}})
     (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
-    with monkeypatch.context() as patch, Writer(tmp_path, step=None) as writer:
-        patch.setattr(checkpoint, "save",
+    with monkeypatch.context() as patch, Writer(tmp_path, step=None) as saves:
+        patch.setattr(writer, "save",
                       lambda path, _: 1 / 0 if path.name == "checkpoint.pt" else None)
-        writer.save({"step": 2, "model": {}})
-    assert writer.errors == ["division by zero"]
+        saves.save({"step": 2, "model": {}})
+    assert saves.errors == ["division by zero"]
     assert atomic.load(newest(tmp_path)[1])["step"] == 1
 
 
 def test_which_checkpoints_stay(tmp_path):
-    with Writer(tmp_path, keep=3, keep_every=4) as writer:
+    with Writer(tmp_path, keep=3, keep_every=4) as saves:
         for step in range(1, 11):
-            writer.save({"step": step, "model": {"trunk.weights": torch.ones(2)}})
+            saves.save({"step": step, "model": {"trunk.weights": torch.ones(2)}})
     assert [atomic.load(path)["step"] for path in newest(tmp_path)] == [10, 9, 8, 4]
     assert {path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"} == set()
 
@@ -64,11 +64,11 @@ def test_which_checkpoints_stay(tmp_path):
 def test_a_snapshot_is_saved_not_what_comes_after(tmp_path):
     """And the trunk is that of the same snapshot."""
     weights, head = torch.ones(1000), torch.ones(10)
-    with Writer(tmp_path) as writer:
+    with Writer(tmp_path) as saves:
         for value in (1, 2):
-            writer.save({"step": value, "model": {"trunk.weights": weights, "head.0": head}})
+            saves.save({"step": value, "model": {"trunk.weights": weights, "head.0": head}})
             weights.add_(1)
-            writer.wait()
+            saves.wait()
             trunk = atomic.load(tmp_path / "trunk.pt")
             assert list(trunk) == ["weights"] and (trunk["weights"] == value).all()
             state = atomic.load(tmp_path / "checkpoint.pt")
@@ -78,16 +78,16 @@ def test_a_snapshot_is_saved_not_what_comes_after(tmp_path):
 def full_disk(folder):
     """In a process of its own: no file may grow beyond 200 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    with Writer(folder) as writer:
-        writer.save({"step": 1, "model": {"trunk.weights": torch.ones(100)}})
-        writer.wait()
+    with Writer(folder) as saves:
+        saves.save({"step": 1, "model": {"trunk.weights": torch.ones(100)}})
+        saves.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        writer.save({"step": 2, "model": {"trunk.weights": torch.ones(1_000_000)}})
-        writer.wait()
-        print(writer.error)
-        writer.save({"step": 3, "model": {"trunk.weights": torch.ones(100)}})
-        writer.wait()
-        print(repr(writer.error))
+        saves.save({"step": 2, "model": {"trunk.weights": torch.ones(1_000_000)}})
+        saves.wait()
+        print(saves.error)
+        saves.save({"step": 3, "model": {"trunk.weights": torch.ones(100)}})
+        saves.wait()
+        print(repr(saves.error))
 
 
 @pytest.mark.long

@@ -24,7 +24,7 @@ from tests.helpers import (
     run,
     write_pictures,
 )
-from training import checkpoint, signals
+from training import signals, writer
 from training.monitor import Monitor
 from training.writer import newest
 from weights.atomic import load, save
@@ -311,7 +311,7 @@ def test_a_run_whose_saves_fail_goes_on_says_so_and_ends_with_an_error(
         few_photos, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError("disk full")
-    monkeypatch.setattr(checkpoint, "save", fail)
+    monkeypatch.setattr(writer, "save", fail)
     error = refuse(capsys, f"--data={few_photos}", f"--out={tmp_path / 'run'}", *SMALL, "--steps=6",
                    "--save-every=2")
     assert "disk full" in error and "holds the run as it was before" in error

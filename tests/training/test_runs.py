@@ -27,6 +27,7 @@ from regnet import ARCHS, RegNet
 from swav import SwAV
 from tests.helpers import SMALL, equal, log_of, refuse, run, write_pictures
 from training import monitor
+from training import run as training_run
 from weights.atomic import load, save
 
 
@@ -108,20 +109,19 @@ def test_each_precision_trains(photos, tmp_path, precision):
 
 
 @pytest.mark.parametrize("options", [
-    ["--queue=8", "--weight-decay=0.1", "--lr=300", "--warmup=0.5", "--final-lr=0.3",
+    ["--queue=8", "--weight-decay=0.1", "--lr=60", "--warmup=0.5", "--final-lr=0.3",
      "--freeze-prototypes=2"],
     *(pytest.param(options, marks=pytest.mark.long) for options in (
         [], ["--queue=8", "--hard"], ["--hard"], ["--queue=8"],
         ["--temperature=0.3", "--epsilon=0.2"],
         ["--freeze-prototypes=2"], ["--sinkhorn-iterations=1"],
-        ["--weight-decay=0.1", "--lr=300", "--warmup=0.5", "--final-lr=0.3"],
+        ["--weight-decay=0.1", "--lr=60", "--warmup=0.5", "--final-lr=0.3"],
         ["--momentum=0.5", "--trust-coefficient=0.002"],
         ["--strength=1", "--gray=0.9", "--blur=1"]))])
 def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
     """train.py's weights against a loop written out over the method's files, textbook style. (With
-    a batch of 4 and this rate a rounding grows: at one seed of four a near-tie falls the other
-    way.)"""
-    options = ["--steps=4", "--lr=300", "--seed=2", *options]
+    a batch of 4 and a rate of 300 a rounding grew on one processor to 4 % of the way.)"""
+    options = ["--steps=4", "--lr=60", "--seed=2", *options]
     run(photos, tmp_path / "run", *options)
     config = with_length(configure(parse_arguments([*SMALL, *options])), 30)
     torch.set_num_threads(config.threads)           # as many: sums round alike
@@ -171,7 +171,7 @@ def test_the_loop_is_the_plain_loop(photos, tmp_path, options):
                                          if name.startswith(part) and p.is_floating_point()])
                               for weights in (saved, model.state_dict(), begin))
         moved = (plain - start).norm()
-        assert moved > 1e-3 * start.norm() and (ours - plain).norm() < 0.03 * moved, part
+        assert moved > 3e-4 * start.norm() and (ours - plain).norm() < 0.01 * moved, part
 
 
 def test_compressed_gradients_are_passed_on(photos, tmp_path, monkeypatch):
@@ -179,9 +179,9 @@ def test_compressed_gradients_are_passed_on(photos, tmp_path, monkeypatch):
         pass
 
     def reached(*args):
-        raise Reached(args[-1])
+        raise Reached(args[7])
 
-    monkeypatch.setattr(train, "wrap", reached)
+    monkeypatch.setattr(training_run, "wrap", reached)
     for option, expected in ((["--compress-gradients"], True), ([], False)):
         config = configure(parse_arguments([f"--data={photos}", f"--out={tmp_path / 'run'}",
                                             *SMALL, "--steps=1", *option]))
