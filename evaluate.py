@@ -102,7 +102,10 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=number_in(int, 2, 8192))
     group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch")
     group.add_argument("--area", type=share, help="least share of an image's area in a crop")
-    group.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
+    group.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS), help="bf16: "
+                       "of features too, with half the memory; else these are fp32")
+    group.add_argument("--shard", action="store_true", help="finetune by torchrun: each rank keeps "
+                       "a part of the weights, as for 10 billion; with activation checkpointing")
     parser.add_argument("--classes", action=Text, default="",
                         help="classify: file of all class names, in order")
     group = parser.add_argument_group("pictures to look at")

@@ -84,6 +84,10 @@ def whole_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for module in whole for p in module.parameters()]
 
 
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 class Sharded:
     """What is called in place of the model, for passes with gradient.
 

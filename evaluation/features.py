@@ -21,6 +21,7 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from data.stream import fault_of
+from distributed.fsdp import is_sharded
 from distributed.hardware import layout
 from distributed.ranks import gather_lists, my_share
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, decode
@@ -87,15 +88,21 @@ class CenterCrops(Dataset):
 @torch.no_grad()
 def in_batches(network: nn.Module, images: Sequence[tuple[Tensor, bool]], device="cpu",
                workers: int = 0, mean=IMAGENET_MEAN, std=IMAGENET_STD, desc: str = "features",
-               ) -> Iterator[tuple[list[Tensor], Tensor]]:
+               dtype: torch.dtype = torch.float32) -> Iterator[tuple[list[Tensor], Tensor]]:
     """A batch at a time: the network's outputs in eval mode, a list of float32 tensors on the CPU,
     and which images could be read (B,).
 
     network: normalised images -> a tensor (B, ...), or a list of them.  images: CenterCrops, or a
-    list of what they give.  mean, std: of each channel.
+    list of what they give.  mean, std: of each channel.  dtype: bfloat16 turns the weights of
+    convolutions and linear layers into it, in place: half the memory; BatchNorm stays float32.
     """
     memory_format = layout(torch.device(device))
-    network = network.to(device, memory_format=memory_format).eval()
+    for module in network.modules() if dtype != torch.float32 else ():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(device, dtype)
+    if not is_sharded(network):
+        network.to(device, memory_format=memory_format)
+    network.eval()
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
     loader = DataLoader(images, BATCH, num_workers=workers)
     for batch, ok in tqdm(loader, desc=desc, disable=not sys.stderr.isatty()):
@@ -103,7 +110,7 @@ def in_batches(network: nn.Module, images: Sequence[tuple[Tensor, bool]], device
         full = batch.new_zeros(BATCH, *batch.shape[1:])
         full[:count] = batch
         full = full.to(device).to(torch.float32, memory_format=memory_format)
-        output = network(full.div_(255).sub_(mean).div_(std))
+        output = network(full.div_(255).sub_(mean).div_(std).to(dtype))
         outputs = output if isinstance(output, list) else [output]
         yield [x[:count].float().cpu() for x in outputs], ok
 
@@ -116,6 +123,9 @@ def extract(network: nn.Module, images: Sequence[tuple[Tensor, bool]],
     """
     share = my_share(len(images))
     batches = list(in_batches(network, Subset(images, share), **options)) if share else []
+    if is_sharded(network):         # all ranks gather its weights, so all go forward as often
+        for _ in range(max(gather_lists([len(batches)])) - len(batches)):
+            list(in_batches(network, Subset(images, [0]), **options))
     outputs = [torch.cat(parts) for parts in zip(*(out for out, _ in batches))]
     ok = torch.cat([ok for _, ok in batches]) if batches else torch.zeros(0, dtype=torch.bool)
     ranks = gather_lists([(outputs, ok)])

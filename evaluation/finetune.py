@@ -35,9 +35,9 @@ class Finetuned(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         return [self.fc(self.trunk(images))]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """With torchvision's names: what best.pt and last.pt hold."""
-        return {name.removeprefix("trunk."): x for name, x in self.state_dict().items()}
+    def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of its state dict with torchvision's names: what best.pt and last.pt hold."""
+        return {name.removeprefix("trunk."): x for name, x in state.items()}
 
 
 def some_labels(train: Labelled, labels: str) -> Labelled:

@@ -114,9 +114,10 @@ class LinearProbes(nn.Module):
             features = self.trunk(images)
         return [head(x.float()) for head, x in zip(self.heads, features)]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What best.pt and last.pt hold."""
-        return self.heads.state_dict()
+    def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of its state dict what best.pt and last.pt hold."""
+        return {name.removeprefix("heads."): x for name, x in state.items()
+                if name.startswith("heads.")}
 
 
 def run(task: EvalTask) -> dict:

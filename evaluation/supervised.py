@@ -26,14 +26,25 @@ from tqdm import tqdm
 
 from data.labelled import Labelled
 from data.stream import Positions, Stream, collate
+from distributed.fsdp import shard_mesh
 from distributed.hardware import autocast, layout, pick_precision
 from distributed.ranks import barrier, is_main, rank_and_world
+from distributed.step import backward
 from distributed.wrap import wrap
 from evaluation.features import Preprocessing, extract
 from evaluation.metrics import mean_average_precision, per_cent
 from evaluation.task import EvalTask
 from multicrop import MultiCrop, Photometric, parse_crops
 from weights.atomic import load, save, write_whole
+from weights.sharded import (
+    fault_of,
+    is_sharded,
+    load_plain,
+    load_whole,
+    remove,
+    restore,
+    save_sharded,
+)
 
 VERSION = 1
 MEASURED = 20               # times a run, at most
@@ -124,9 +135,13 @@ class Training:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, multilabel: bool, device: torch.device,
-                 dtype: torch.dtype):
-        self.model, self.device, self.dtype = model.to(device), device, dtype
-        self.wrapped = wrap(model, device)
+                 dtype: torch.dtype, shard: bool = False):
+        """shard: weights in shards, with activation checkpointing (distributed/fsdp.py); a unit at
+        a time comes to the device."""
+        self.model, self.device, self.dtype = model if shard else model.to(device), device, dtype
+        self.group = dist.new_group(backend="gloo") if shard else None
+        self.wrapped = wrap(model, device, checkpoint_activations=shard, dtype=dtype,
+                            mesh=shard_mesh(device, 0) if shard else None)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, recipe.lr, recipe.momentum, nesterov=True,
                                          weight_decay=recipe.weight_decay)
@@ -144,7 +159,7 @@ class Training:
         loss = sum(self.criterion(scores.float(), labels) for scores in outputs)
         _, world = rank_and_world()
         self.optimizer.zero_grad(set_to_none=world == 1)        # DDP's are its buckets: they stay
-        self.scaler.scale(loss).backward()
+        backward(self.wrapped, self.scaler.scale(loss), last=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
@@ -159,23 +174,35 @@ class Training:
         self.best = [max(pair) for pair in zip(self.last, self.best or self.last)]
 
     def save(self, out: Path, settings: dict) -> None:
-        """checkpoint.pt first: no product is without its checkpoint."""
-        save(out / "checkpoint.pt", {
-            "version": VERSION, "settings": settings, "step": self.step, "best": self.best,
-            "last": self.last, "counted": self.counted, "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
-        self.save_products(out)
+        """The checkpoint first: no product is without it. Of a sharded model a collective."""
+        state = {"version": VERSION, "settings": settings, "step": self.step, "best": self.best,
+                 "last": self.last, "counted": self.counted, "model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        path, before = out / "checkpoint.pt", checkpoints(out)
+        if self.group:
+            path = out / f"checkpoint-{self.step:09d}"
+            save_sharded(path, state, self.group)
+        elif is_main():
+            save(path, state)
+        if is_main():
+            self.save_products(path)
+            for older in before:
+                older != path and remove(older)
 
-    def save_products(self, out: Path) -> None:
+    def save_products(self, checkpoint: Path) -> None:
+        """best.pt and last.pt, of the model or, where it is sharded, of its checkpoint."""
+        tensors = self.model.tensors(
+            load_whole(checkpoint, "model/")["model"] if self.group else self.model.state_dict())
         if max(self.last) == max(self.best):
-            save(out / "best.pt", self.model.tensors())
-        save(out / "last.pt", self.model.tensors())
+            save(checkpoint.parent / "best.pt", tensors)
+        save(checkpoint.parent / "last.pt", tensors)
 
     def resume(self, out: Path, settings: dict, notes: str) -> None:
-        """Go on from OUT/checkpoint.pt, where there is one. notes: of config.json. Raises
+        """Go on from OUT's checkpoint, where there is one. notes: of config.json. Raises
         ValueError where it is not of these settings, or where there is none and other files would
         be replaced."""
-        if not (out / "checkpoint.pt").exists():
+        paths = checkpoints(out)
+        if not paths:
             names = "best.pt", "last.pt", "config.json"
             there = [name for name in names if (out / name).exists()]
             if there and not (there == ["config.json"]
@@ -183,32 +210,41 @@ class Training:
                 raise ValueError(f"{out} holds a {there[0]}, and no checkpoint to go on from: "
                                  "choose another --out, or move it")
             return
-        state = load(out / "checkpoint.pt")
+        path = paths[-1]
+        if path.is_dir() and (fault := fault_of(path)):
+            raise ValueError(fault)
+        state = load_plain(path) if path.is_dir() else load(path)
         held = state.get("settings", {})
         if "distort" in held.get("recipe", {}):         # the name of `augment` until 2026-11
             held["recipe"]["augment"] = held["recipe"].pop("distort")
         if held != settings:
             raise ValueError(f"{out} holds another run; choose another --out")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.model, self.optimizer, state, path,
+                dist.group.WORLD if dist.is_initialized() else None)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.last, self.best, self.counted = (
             state[name] for name in ("step", "last", "best", "counted"))
         if is_main():                   # they may have been lost
-            self.save_products(out)
+            self.save_products(path)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The newest last: checkpoint.pt or, of a sharded run, checkpoint-STEP, a folder."""
+    return [*out.glob("checkpoint.pt"), *sorted(filter(is_sharded, out.glob("checkpoint-*[0-9]")))]
 
 
 def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: Path,
         preprocessing: Preprocessing = Preprocessing(), device="cpu",
         dtype: torch.dtype = torch.float32, workers: int = 0, seed: int = 0,
-        about: dict | None = None) -> tuple[list[float], list[float], int]:
+        about: dict | None = None, shard: bool = False) -> tuple[list[float], list[float], int]:
     """Train; per cent of val that each output of the model gets right, at the end and at its best.
 
     Measured after each epoch, at most MEASURED times (top-1 or, where images have several labels,
-    mean average precision); then checkpoint.pt and last.pt are written and, with the best so far,
-    best.pt. The same call again goes on. model: images -> [scores (B, K)], and .tensors(), what to
-    save of it.  about: what else the result depends on (the checkpoint, the images). Returns also
-    how many images of val could be read. Raises ValueError where OUT holds something else.
+    mean average precision); then a checkpoint and last.pt are written and, with the best so far,
+    best.pt. The same call again goes on. model: images -> [scores (B, K)], and .tensors(state
+    dict), what to save of it.  about: what else the result depends on (the checkpoint, the images).
+    shard: as of Training. Returns also how many images of val could be read. Raises ValueError
+    where OUT holds something else.
     """
     device, (_, world) = torch.device(device), rank_and_world()
     if recipe.batch_size % world:
@@ -217,7 +253,7 @@ def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: P
     settings = {"recipe": as_dict(recipe, preprocessing), "seed": seed, "precision": str(dtype),
                 "pictures": len(train.images), "val": len(val.images), "classes": train.classes,
                 **(about or {})}
-    training = Training(model, recipe, train.multilabel, device, dtype)
+    training = Training(model, recipe, train.multilabel, device, dtype, shard)
     text = {name: ",".join(map(str, x)) for name, x in preprocessing.normalisation.items()}
     notes = json.dumps({"config": settings | text}, indent=1) + "\n"
     training.resume(out, settings, notes)
@@ -246,7 +282,7 @@ def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: P
         if is_main():
             tqdm.write(f"step {step + 1}/{steps}  loss {average.item():.3f}  val "
                        + "  ".join(f"{x:.2f}" for x in training.last), file=sys.stderr)
-            training.save(out, settings)
+        training.save(out, settings)
         barrier()
     return training.last, training.best, training.counted
 
@@ -277,7 +313,8 @@ def train_with_labels(task: EvalTask, model: nn.Module, train: Labelled, val: La
     about = about | {"checkpoint": task.digest() or options.arch, "data": options.data}
     last, best, counted = fit(
         model, train, val, changed, out, task.preprocessing, task.device,
-        pick_precision(options.precision, task.device), options.workers, options.seed, about)
+        pick_precision(options.precision, task.device), options.workers, options.seed, about,
+        options.shard and dist.is_initialized())
     return last, best, {"train": len(train.images), "val": counted, "out": str(out),
                         "left_out": len(val.images) - counted,
                         "recipe": as_dict(changed, task.preprocessing)}

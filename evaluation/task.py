@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from data.images import open_images
 from data.labelled import Labelled, find_splits, open_splits
-from distributed.hardware import pick_device
+from distributed.hardware import PRECISIONS, pick_device
 from distributed.ranks import is_main
 from evaluation.features import SEER_FINETUNED, CenterCrops, Depths, Preprocessing, extract
 from methods.build import TRUNKS, build_trunk
@@ -154,6 +154,7 @@ class EvalTask:
     def extract_options(self) -> dict:
         """Of features.extract and in_batches."""
         return {"device": self.device, "workers": self.options.workers,
+                "dtype": PRECISIONS["bf16" if self.options.precision == "bf16" else "fp32"],
                 **self.preprocessing.normalisation}
 
     def tile(self, images, i: int) -> Tensor:

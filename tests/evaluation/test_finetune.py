@@ -83,7 +83,7 @@ def test_classify_an_official_layout(shades, tmp_path, command, layout):
     model = Finetuned(build_trunk("regnety_100mf"), 8).eval()
     torch.nn.init.normal_(model.fc.weight)
     path = tmp_path / ("seer_ft.torch" if layout == "vissl" else "tuned.pth")
-    torch.save(from_ours(model.tensors(), layout), path)
+    torch.save(from_ours(model.tensors(model.state_dict()), layout), path)
     names = ["5", "none", "3", "0", "absent", "1", "4", "2"]
     (tmp_path / "names.txt").write_text("\n".join(names))
     # SEER's preprocessing, and the usual one
@@ -108,7 +108,8 @@ def test_a_checkpoint_from_before_augment_goes_on(shades, tmp_path):
     def tuned(recipe):
         train, val = open_splits(str(shades))
         model = Finetuned(build_trunk("regnety_100mf"), 6)
-        return fit(model, train, val, recipe, tmp_path, Preprocessing(32)), model.tensors()
+        reached = fit(model, train, val, recipe, tmp_path, Preprocessing(32))
+        return reached, model.tensors(model.state_dict())
 
     recipe, path = RECIPES["few"]._replace(epochs=1, batch_size=16), tmp_path / "checkpoint.pt"
     reached, tensors = tuned(recipe)

@@ -68,7 +68,7 @@ def tuned(folder, out, frozen_statistics=True):
     reached = fit(model, train, val, recipe._replace(epochs=2, batch_size=8, lr=2), Path(out),
                   Preprocessing(32))
     assert (model.fc.weight - fresh).abs().max() > 0.01
-    return reached, model.tensors()
+    return reached, model.tensors(model.state_dict())
 
 
 def printed(folder):
