@@ -84,7 +84,7 @@ def test_weights_are_sharded_where_one_image_has_no_room():
                 for checkpointing in (False, True)) / plan.ROOM
     assert sharding(1.001 * whole, device="cpu") == (False, 0)
     assert sharding(0.999 * whole, device="cpu") == (True, 8)
-    assert sharding(0.999 * whole, 64, device="cpu") == (True, 8)            # a node's
+    assert sharding(0.999 * whole, 64, device="cpu", batch_size=65536) == (True, 8)     # a node's
     assert sharding(1e9, shard=True) == (True, 8)                            # as asked for
     assert sharding(1e9, 64, shard=True, shard_group=40) == (True, 32)
     assert sharding(1e9, 1, shard=True) == (False, 0)
