@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distributed.fsdp import shard_ranks
 from distributed.wrap import wrap
 from methods.build import build_method
 from recipes.command_line import configure
@@ -153,6 +154,13 @@ def test_units_are_the_stem_the_blocks_and_the_head():
         2 * width * squeezed + width + squeezed)
     assert of.params - sum(of.units) == 2 * (sum(of.norms) + sum(of.head_norms)) + 10 * 8
     assert len(COST(configure({"arch": "resnet50"}), torch.bfloat16).units) == 18
+
+
+@pytest.mark.parametrize("wanted, ranks, of_node, group", [
+    (0, 1, 8, 1), (0, 4, 8, 4), (0, 8, 8, 8), (0, 64, 8, 8), (0, 8, 4, 4), (0, 12, 8, 6),
+    (1, 8, 8, 1), (2, 8, 8, 2), (3, 8, 8, 2), (64, 8, 8, 8), (16, 64, 8, 16), (40, 64, 8, 32)])
+def test_ranks_of_a_group_of_shards(wanted, ranks, of_node, group):
+    assert shard_ranks(wanted, ranks, of_node) == group
 
 
 def test_memory_of_shards():
