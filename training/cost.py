@@ -32,7 +32,8 @@ NCCL_BUFFERS = 32 * 2 * (4 * 2 ** 20 + 120 * 640 * 8 * 8 + 8 * 512 * 8 * 16)
 
 class Cost(NamedTuple):
     """Of a network: parameters, and BatchNorm layers with their channels. Units are what a sharded
-    run gathers at once: the stem, each block, the head. Of one image, over all its crops: multiply-adds of a forward pass, and bytes of the trunk kept for backward."""
+    run gathers at once: the stem, each block, the head. Of one image, over all its crops:
+    multiply-adds of a forward pass, and bytes of the trunk kept for backward."""
     trunk_params: int
     params: int                          # of trunk, head and prototypes
     units: list[int]                     # that are sharded, of each in its order: no BatchNorm's
@@ -67,7 +68,8 @@ def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
     views = sum(spec.count for spec in specs)
     first = first_sizes(config)
     return Cost(
-        trunk_params, params, unit_params(model), norms, head_norms, total, total + views * head_flops,
+        trunk_params, params, unit_params(model), norms, head_norms,
+        total, total + views * head_flops,
         sum(spec.count * (flops[spec] + head_flops) for spec in specs[:first]),
         *(sum(spec.count * kept[spec][i] for spec in specs) for i in (0, 1)),
         max(spec.count * kept[spec][2] for spec in specs))
@@ -193,13 +195,15 @@ def shard_memory(cost: Cost, shards: int, padded: bool, dtype: torch.dtype) -> d
     }
 
 
-def shard_passes(config: Config, micro_batches: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How often a step gathers the weights of the trunk and of the head; and how often it scatters
-    their gradients. A micro-batch goes forward and backward once a crop size, and forward once more
-    in the pass for the codes; the head has all sizes at once."""
+def shard_passes(cost: Cost, config: Config, micro_batches: int) -> tuple[int, int]:
+    """Parameters that a step gathers, and those whose gradients it scatters, each counted as often
+    as it is. The trunk goes forward and backward once a crop size and micro-batch, and forward once
+    more in the pass for the codes; the head has all sizes at once."""
     sizes, accumulating = len(config.crops), micro_batches > 1
-    return ((micro_batches * (2 * sizes + first_sizes(config) * accumulating),
-             micro_batches * (2 + accumulating)), (micro_batches * sizes, micro_batches))
+    trunk, head = sum(cost.units[:-1]), cost.units[-1]
+    return (micro_batches * (trunk * (2 * sizes + first_sizes(config) * accumulating)
+                             + head * (2 + accumulating)),
+            micro_batches * (trunk * sizes + head))
 
 
 def norm_passes(config: Config, micro_batches: int, checkpointing: bool) -> tuple[int, ...]:
@@ -238,16 +242,14 @@ def traffic(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, g
 def shard_traffic(cost: Cost, config: Config, micro_batches: int, shards: int,
                   gpus: int) -> dict[str, float]:
     """Bytes each GPU sends in a step for weights and gradients. Gradients are scattered in float32,
-    then summed over the groups of GPUs that hold the same shards."""
-    gathered, scattered = (
-        trunk * sum(cost.units[:-1]) + head * cost.units[-1]
-        for trunk, head in shard_passes(config, micro_batches))
+    then summed over the replicas, which are the GPUs that hold the same shard."""
+    gathered, scattered = shard_passes(cost, config, micro_batches)
     others, replicas = (shards - 1) / shards, gpus // shards
     return {
-        "weights gathered": others * gathered_bytes(config) * gathered,
-        "gradients scattered": others * 4 * scattered,
-        "gradients, over groups": 2 * (replicas - 1) / replicas * 4 * scattered / shards,
-        "gradients of what is whole":
+        "all-gather, weights": others * gathered_bytes(config) * gathered,
+        "reduce-scatter, gradients": others * 4 * scattered,
+        "all-reduce, replicas": 2 * (replicas - 1) / replicas * 4 * scattered / shards,
+        "all-reduce, not sharded":
             2 * (gpus - 1) / gpus * 4 * (cost.params - sum(cost.units))}
 
 

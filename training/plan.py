@@ -8,17 +8,19 @@
 What is counted is in cost.py, how long it takes in step_time.py.
 """
 import math
+import os
 from dataclasses import replace
 
 import torch
 
+from distributed.fsdp import shard_ranks
 from distributed.hardware import PRECISIONS, memory_of
-from distributed.ranks import gather_lists, rank_and_world
+from distributed.ranks import gather_lists, is_main, rank_and_world
 from distributed.roofline import Gpu
 from recipes.command_line import configure
-from recipes.config import Config, with_length
+from recipes.config import Config, check_shards, with_length
 from recipes.input import duration
-from training.cost import Cost, cost, memory, traffic, work
+from training.cost import NODE, Cost, cost, memory, shards_of, traffic, work
 from training.step_time import Passes, passes, step_time
 
 ROOM = 0.9                   # share of the memory that is planned; the rest: context, workspaces
@@ -43,15 +45,20 @@ def largest_micro_batch(cost: Cost, config: Config, checkpointing: bool, ranks: 
     return fitting
 
 
-def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype) -> Config:
-    """The configuration with micro_batch and checkpoint_activations chosen, where they are open.
+def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype,
+        of_node: int = NODE) -> Config:
+    """The configuration with shard and shard_group, micro_batch and checkpoint_activations chosen,
+    where they are open.
 
     Activation checkpointing is chosen only where fewer than 16 images would fit otherwise. limit:
-    bytes a rank has. Raises ValueError where not one image fits.
+    bytes a rank has.  of_node: ranks of a node. Raises ValueError where not one image fits.
     """
-    if config.micro_batch and config.checkpoint_activations is not None:
-        return config
+    if shard_ranks(config.shard_group, ranks, of_node) == 1:
+        config = replace(config, shard=False)
+    if config.micro_batch and None not in (config.checkpoint_activations, config.shard):
+        return choose_shards(None, config, ranks, limit, dtype, of_node)
     counted = cost(config, dtype)
+    config = choose_shards(counted, config, ranks, limit, dtype, of_node)
     most = {checkpointing: largest_micro_batch(counted, config, checkpointing, ranks, limit, dtype)
             for checkpointing in (False, True)}
     checkpointing = config.checkpoint_activations
@@ -61,16 +68,47 @@ def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype) -> Config:
     micro_batch = config.micro_batch or most[checkpointing]
     if not micro_batch:
         need = sum(memory(counted, config, 1, checkpointing, ranks, dtype).values())
+        larger = "a larger --shard-group or " * (1 < shards_of(config, ranks) < ranks)
         raise ValueError(f"{config.arch} needs {need / 1e9:.0f} GB on every device for one image "
-                         f"at a time, and {ROOM:.0%} of {limit / 1e9:.0f} GB are there; a smaller "
-                         "--arch fits, or --micro-batch 1 tries all the same")
+                         f"at a time, and {ROOM:.0%} of {limit / 1e9:.0f} GB are there; {larger}a "
+                         "smaller --arch fits, or --micro-batch 1 tries all the same")
     return replace(config, micro_batch=micro_batch, checkpoint_activations=checkpointing)
+
+
+def choose_shards(cost: Cost | None, config: Config, ranks: int, limit: float, dtype: torch.dtype,
+                  of_node: int = NODE) -> Config:
+    """The configuration with shard and shard_group decided: sharded as asked for, else where not
+    one image fits otherwise. Raises ValueError for what a sharded run cannot do."""
+    group, shard = shard_ranks(config.shard_group, ranks, of_node), config.shard
+    if group == 1:
+        return replace(config, shard=False)
+    if shard is None:
+        given = config.checkpoint_activations
+        shard = ROOM * limit < min(
+            sum(memory(cost, config, 1, checkpointing, ranks, dtype).values())
+            for checkpointing in ((False, True) if given is None else (given,)))
+    config = replace(config, shard=shard, shard_group=group if shard else config.shard_group)
+    check_shards(config)
+    return config
+
+
+def shard_text(asked: Config, config: Config, ranks: int) -> str:
+    """What was decided about shards, in a sentence, or "". asked: before choose_shards."""
+    if not config.shard:
+        return "--shard does nothing: a group has one rank" * bool(asked.shard)
+    replicas = ranks // config.shard_group
+    return (f"weights, gradients and momentum in shards over {config.shard_group} ranks"
+            + f", {replicas} replicas" * (replicas > 1)
+            + ", for whole ones have no room (--shard)" * (not asked.shard))
 
 
 def fit_ranks(config: Config, device: torch.device, dtype: torch.dtype) -> Config:
     """fit, for the ranks that there are: the smallest memory of all counts. A collective."""
-    limit = min(gather_lists([memory_of(device)]))
-    fitted = fit(replace(config, device=device.type), rank_and_world()[1], limit, dtype)
+    limit, ranks = min(gather_lists([memory_of(device)])), rank_and_world()[1]
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    fitted = fit(replace(config, device=device.type), ranks, limit, dtype, of_node)
+    if is_main() and (text := shard_text(config, fitted, ranks)):
+        print(text, flush=True)
     return replace(fitted, device=config.device)
 
 
@@ -82,9 +120,10 @@ def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memor
     """
     if not all(0 < x < math.inf for x in (gpus, gpu_memory, *gpu)):
         raise ValueError("--gpus, --gpu-memory and the rates of a GPU must be above 0")
-    config = with_length(config, num_images or IMAGENET)
-    dtype = PRECISIONS.get(config.precision, torch.bfloat16)
+    asked, dtype = config, PRECISIONS.get(config.precision, torch.bfloat16)
     counted, passed = cost(config, dtype), passes(config, dtype)
+    config = choose_shards(counted, with_length(config, num_images or IMAGENET), gpus,
+                           gpu_memory * 1e9, dtype)
     columns = {"checkpointing" if checkpointing else "no checkpointing":
                column(counted, passed, config, checkpointing, gpus, gpu_memory, gpu)
                for checkpointing in (False, True)}
@@ -100,6 +139,7 @@ def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memor
         f"{seen:,} images in {config.steps:,} steps of {config.batch_size:,}, on {gpus} GPUs of "
         f"{gpu_memory:g} GB; times are predicted, at the least: {gpu.tflops:g} TFLOP/s, "
         f"{gpu.bandwidth:g} GB/s of memory, {gpu.nvlink:g} in a node, {gpu.network:g} to others",
+        *filter(None, [shard_text(asked, config, gpus)]),
         "", " " * 42 + "".join(f"{name:>18}" for name in columns), *lines])
 
 
@@ -138,14 +178,14 @@ def column(counted: Cost, passed: Passes, config: Config, checkpointing: bool, g
     step = step_time(counted, passed, config, micro_batch, checkpointing, gpus, gpu)
     rate = config.batch_size / step.total
     sent = traffic(counted, config, micro_batch, checkpointing, gpus)
+    sent_ahead = "gathers and scatters" if config.shard else "gradients' all-reduce"
     return rows | {
         "batch = GPUs x micro-batches x images": f"{gpus} x {micro_batches} x {micro_batch}",
         "TFLOP an image, all passes": f"{work(counted, checkpointing, micro_batches > 1):.3f}",
         **{f"GB sent a step: {name}": f"{size / 1e9:.3f}" for name, size in sent.items()},
         **{f"ms a step: {name}": f"{1e3 * part:,.1f}" for name, part in step.seconds.items()},
         "ms a step, sum": f"{1e3 * step.total:,.1f}",
-        "ms of gradients' all-reduce, hidden": f"{1e3 * step.reduction:.1f}, "
-                                               f"{1e3 * step.hidden:.1f}",
+        f"ms of {sent_ahead}, hidden": f"{1e3 * step.reduction:.1f}, {1e3 * step.hidden:.1f}",
         "utilisation: share of the TFLOP/s": f"{step.utilisation:.0%}",
         "images/s": f"{rate:,.0f}",
         "days": f"{config.steps * step.total / 86400:,.1f}",

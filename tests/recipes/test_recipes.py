@@ -144,7 +144,10 @@ def test_options_that_are_written_as_text(option, text, value, written):
     (["--epsilon=0"], "--epsilon 0.0: needs 0.001 to 10"), (["--lr=nan"], "--lr nan: needs"),
     (["--lr=inf"], "--lr inf: needs"),
     (["--gray=2"], "--gray 2.0: needs 0 to 1"), (["--images=-1"], "--images -1: needs 0 to"),
-    (["--max-pixels=999999999"], "--max-pixels 999999999: needs 1 to")])
+    (["--max-pixels=999999999"], "--max-pixels 999999999: needs 1 to"),
+    (["--shard", "--compile"], "a sharded network cannot be compiled: leave out --compile"),
+    (["--shard", "--precision=fp16"], "--precision fp16 cannot be sharded: take bf16 or fp32"),
+    (["--shard-group=-1"], "--shard-group -1: needs 0 to 100,000")])
 def test_what_no_run_can_use_is_refused_by_name(given, message):
     with pytest.raises(ValueError, match=message):
         configure(parse_arguments(["--recipe=demo", *given]))

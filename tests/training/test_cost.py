@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distributed.fsdp import shard_ranks
 from distributed.wrap import wrap
 from methods.build import build_method
 from recipes.command_line import configure
@@ -134,6 +135,76 @@ def test_traffic_of_a_small_case():
         assert added == pytest.approx(2e-12 * once.first_flops)
         assert (once.first_flops == of.flops) == (first == 2)
     assert cost.traffic(of, replace(config, sync_bn_group=0), 4, False, 2)["SyncBatchNorm"] == 0
+
+
+def small_sharded(**given):
+    """RegNetY-100MF: stem and BatchNorm counted by hand below. On a CPU, so without NCCL."""
+    config = configure({"recipe": "demo", "arch": "regnety_100mf", "head": "16-8", "prototypes": 10,
+                        "crops": "2x64+4x32", "batch_size": 64, "shard": True, "device": "cpu"}
+                       | given)
+    return config, COST(config, torch.bfloat16)
+
+
+def test_units_are_the_stem_the_blocks_and_the_head():
+    _, of = small_sharded()
+    assert len(of.units) == 1 + 8 + 1 and of.units[0] == 32 * 3 * 9
+    assert of.units[-1] == 152 * 16 + 16 + 16 * 8 + 8
+    width, squeezed = 24, 8             # the first block: a shortcut, 1x1, 3x3 in groups of 8, gate
+    assert of.units[1] == 2 * 32 * width + 9 * width * 8 + width * width + (
+        2 * width * squeezed + width + squeezed)
+    assert of.params - sum(of.units) == 2 * (sum(of.norms) + sum(of.head_norms)) + 10 * 8
+    assert len(COST(configure({"arch": "resnet50"}), torch.bfloat16).units) == 18
+
+
+@pytest.mark.parametrize("wanted, ranks, of_node, group", [
+    (0, 1, 8, 1), (0, 4, 8, 4), (0, 8, 8, 8), (0, 64, 8, 8), (0, 8, 4, 4), (0, 12, 8, 6),
+    (1, 8, 8, 1), (2, 8, 8, 2), (3, 8, 8, 2), (64, 8, 8, 8), (16, 64, 8, 16), (40, 64, 8, 32)])
+def test_ranks_of_a_group_of_shards(wanted, ranks, of_node, group):
+    assert shard_ranks(wanted, ranks, of_node) == group
+
+
+def test_memory_of_shards():
+    """A rank of four holds a quarter of what is sharded, three times, and two units at once."""
+    config, of = small_sharded(shard_group=4)
+    units, whole = of.units, replace(config, shard=False)
+    neighbours = max(first + second for first, second in zip(units, units[1:]))
+    for dtype, size in ((torch.bfloat16, 2), (torch.float32, 4)):
+        parts = cost.memory(of, config, 2, True, 8, dtype)
+        assert [parts[f"{name}, float32 shards"] for name in ("weights", "gradients", "momentum")
+                ] == [sum(units)] * 3
+        assert parts["BatchNorm and prototypes, whole"] == 12 * (of.params - sum(units))
+        assert parts["gathered weights of two units"] == size * neighbours
+        assert parts["gradients of two units"] == (size + 4) * neighbours
+        other = cost.memory(of, whole, 2, True, 8, dtype)
+        assert {*parts.items()} & {*other.items()} == {
+            (name, parts[name]) for name in parts.keys() & other.keys()}
+        assert "weights, float32" not in parts and parts["padded weights of a block"] == 0
+
+
+def test_odd_widths_are_padded_a_block_at_a_time():
+    config, of = configure({"arch": "regnety_256gf", "shard": True}), cost_of("regnety_256gf")
+    for pad_widths, checkpointing in ((None, True), (None, False), (False, True)):
+        parts = cost.memory(of, replace(config, pad_widths=pad_widths), 2, checkpointing, 8)
+        assert parts["padded weights of a block"] == 2 * max(of.units) * (
+            pad_widths is None and checkpointing)
+
+
+def test_traffic_of_shards():
+    """Eight GPUs, groups of two, so that a ring sends half; two micro-batches of four images. The
+    first pass has one crop size, or both."""
+    config, of = small_sharded(shard_group=2, codes_from_all_crops=False)
+    trunk, head = sum(of.units[:-1]), of.units[-1]
+    for all_crops, first in ((False, 1), (True, 2)):
+        config = replace(config, codes_from_all_crops=all_crops)
+        sent = cost.traffic(of, config, 4, False, 8)
+        assert sent["all-gather, weights"] == 2 / 2 * 2 * ((4 + first) * trunk + 3 * head)
+        assert sent["reduce-scatter, gradients"] == 4 / 2 * 2 * (2 * trunk + head)
+        assert sent["all-reduce, replicas"] == 2 * 3 / 4 * 4 / 2 * 2 * (2 * trunk + head)
+        assert sent["all-reduce, not sharded"] == 2 * 7 / 8 * 4 * (of.params - sum(of.units))
+    at_once = cost.traffic(of, replace(config, precision="fp32"), 8, False, 8)
+    assert at_once["all-gather, weights"] == 4 / 2 * (4 * trunk + 2 * head)
+    within = cost.traffic(of, replace(config, shard_group=8), 8, False, 8)
+    assert within["all-reduce, replicas"] == 0
 
 
 def test_the_queue_takes_part_in_the_codes():

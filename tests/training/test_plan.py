@@ -42,7 +42,8 @@ def test_the_micro_batch_is_the_largest_that_fits():
     assert (config.micro_batch, config.checkpoint_activations) == (32, True)
     assert fitted(40, ranks=8, checkpoint_activations=False).micro_batch == 8
     assert fitted(80, ranks=8, micro_batch=64).checkpoint_activations
-    given = configure({"arch": "regnety_10b", "micro_batch": 1, "checkpoint_activations": True})
+    given = configure({"arch": "regnety_10b", "micro_batch": 1, "checkpoint_activations": True,
+                       "shard": False})
     assert plan.fit(given, 8, 1.0, torch.bfloat16) == given                  # one insists
     of = cost_of("regnety_256gf")
     for checkpointing in (False, True):
@@ -63,7 +64,58 @@ def test_a_share_that_cannot_be_cut_is_refused():
 def test_a_network_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="regnety_10b needs 1[13][0-9] GB on every device for one "
                        "image at a time, and 90% of 80 GB are there; a smaller --arch"):
-        fitted(80, "regnety_10b", ranks=8)
+        fitted(80, "regnety_10b", ranks=8, shard=False)
+    with pytest.raises(ValueError, match="are there; a larger --shard-group or a smaller --arch"):
+        fitted(24, "regnety_10b", ranks=64, batch_size=8192)
+
+
+SMALL = {"arch": "regnety_100mf", "batch_size": 8192, "crops": "2x64+4x32", "head": "16-8",
+         "prototypes": 10}
+
+
+def sharding(limit, ranks=8, **given):
+    """shard and shard_group, as fit decides them."""
+    config = configure(SMALL | given)
+    config = plan.fit(config, ranks, limit, torch.bfloat16)
+    return config.shard, config.shard_group
+
+
+def test_weights_are_sharded_where_one_image_has_no_room():
+    config = configure(SMALL | {"device": "cpu"})
+    whole = min(sum(memory(COST(config, torch.bfloat16), config, 1, checkpointing, 8).values())
+                for checkpointing in (False, True)) / plan.ROOM
+    assert sharding(1.001 * whole, device="cpu") == (False, 0)
+    assert sharding(0.999 * whole, device="cpu") == (True, 8)
+    assert sharding(0.999 * whole, 64, device="cpu", batch_size=65536) == (True, 8)     # a node's
+    assert sharding(1e10, shard=True) == (True, 8)                            # as asked for
+    assert sharding(1e10, 64, shard=True, shard_group=40) == (True, 32)
+    assert sharding(1e10, 1, shard=True) == (False, 0)
+    assert sharding(1e10, shard=True, shard_group=1, micro_batch=1) == (False, 1)
+    with pytest.raises(ValueError, match="are there; a smaller --arch fits"):
+        sharding(0.999 * whole, device="cpu", shard=False)
+    with pytest.raises(ValueError, match="a sharded network cannot be compiled: leave out"):
+        sharding(0.999 * whole, device="cpu", compile=True)
+
+
+def test_the_ranks_of_a_node_are_those_there_are(monkeypatch):
+    """torchrun says how many; a group of shards is a node's."""
+    config = configure({"recipe": "demo", "shard": True}, 8)
+    monkeypatch.setattr(plan, "rank_and_world", lambda: (0, 8))
+    for local, group in (("4", 4), ("8", 8)):
+        monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", local)
+        assert plan.fit_ranks(config, torch.device("cpu"), torch.float32).shard_group == group
+
+
+def test_a_plan_says_what_it_decides_about_shards():
+    asked = configure({"recipe": "demo", "shard": True})
+    said = [plan.shard_text(asked, plan.choose_shards(None, asked, ranks, 0, None), ranks)
+            for ranks in (1, 8, 64)]
+    assert said == ["--shard does nothing: a group has one rank",
+                    "weights, gradients and momentum in shards over 8 ranks",
+                    "weights, gradients and momentum in shards over 8 ranks, 8 replicas"]
+    by_itself = plan.shard_text(configure({"recipe": "demo"}), plan.choose_shards(
+        None, asked, 8, 0, None), 8)
+    assert by_itself == said[1] + ", for whole ones have no room (--shard)"
 
 
 def test_a_demo_run_is_not_cut_up():
@@ -78,12 +130,15 @@ def test_a_plan_is_printed(arch, capsys):
     train.main(["--plan", f"--arch={arch}", "--gpus=8", "--gpu-memory=80", "--tflops=790"])
     text = capsys.readouterr().out
     assert text.startswith(f"recipe seer: {arch}, ")
-    for part in ("weights, float32", "gradients = communication buffers", "momentum",
+    for part in ("weights, float32", "momentum",
                  "activations of the trunk", "TFLOP an image", "no checkpointing",
-                 " checkpointing", "SyncBatchNorm's buffers", "NCCL's buffers"):
+                 " checkpointing", "SyncBatchNorm's buffers", "NCCL's buffers", "images/s"):
         assert part in text
-    assert ("does not fit" in text) == (arch == "regnety_10b")
-    assert ("images/s" in text) != (arch == "regnety_10b")
+    sharded = arch == "regnety_10b"
+    assert ("gradients = communication buffers" in text) != sharded
+    assert ("float32 shards" in text) == ("in shards over 8 ranks" in text) == sharded
+    train.main(["--plan", f"--arch={arch}", "--gpus=8", "--gpu-memory=80", "--no-shard"])
+    assert ("does not fit" in capsys.readouterr().out) == sharded
 
 
 def test_the_plan_of_the_headline(capsys):
@@ -154,6 +209,35 @@ def predicted_row(arch: str, gpus: int) -> str:
         rows["utilisation: share of the TFLOP/s"],
         rows["images/s"], rows["days"], rows["cores a GPU for images of 500 x 375"],
         rows["cores a GPU for images of 12 megapixels"]]) + " |"
+
+
+MACHINES = ((8, 80, 7936), (8, 141, 7936), (64, 80, 7936), (512, 80, 8192))     # GPUs, GB, batch
+
+
+def sharded_rows(gpus: int, gb: int, batch: int) -> list[str]:
+    """Rows of the docs' table of sharded runs of the 10B, without and with checkpointing."""
+    text = plan.plan(configure({"arch": "regnety_10b", "batch_size": batch, "shard": True,
+                                "device": "cuda"}, gpus), gpus=gpus, gpu_memory=gb)
+    lines = []
+    for column in (0, 1):
+        rows = rows_of(text, column)
+        lines.append("| " + " | ".join([
+            f"{gpus} x {gb}{', checkpointing' * column}", rows["weights, float32 shards"],
+            rows["gathered weights of two units"], rows["gradients of two units"],
+            rows["activations of the trunk"], rows["sum"], rows["batch"],
+            *(rows[f"GB sent a step: {name}"] for name in (
+                "all-gather, weights", "reduce-scatter, gradients", "all-reduce, replicas")),
+            rows["ms of gathers and scatters"], rows["ms a step"],
+            rows["utilisation: share of the TFLOP/s"], rows["images/s"], rows["days"]]) + " |")
+    return lines
+
+
+@pytest.mark.long
+def test_the_sharded_plans_of_the_docs_are_the_plans():
+    page = (ROOT / "docs" / "scale.md").read_text().splitlines()
+    for machine in MACHINES:
+        for row in sharded_rows(*machine):
+            assert row in page
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ from recipes.command_line import configure
 from sinkhorn import sinkhorn
 from tests.training.test_cost import COST
 from training import step_time as times
-from training.cost import work
+from training.cost import traffic, work
 
 ENDLESS = Gpu(*[math.inf] * 4)
 
@@ -60,6 +60,57 @@ def test_gradients_are_hidden_behind_the_backward_pass_of_one_size(small, monkey
     assert step(small, 64, False, 1, Gpu()).reduction == 0
     inside = step(small, 64, False, 8, ENDLESS._replace(nvlink=1.0))
     assert inside.reduction == pytest.approx(2 * 7 / 8 * 4 * params / 1e9)
+
+
+def sharded(small, gpu, gpus=64, micro_batch=8, **changes):
+    return step(small, micro_batch, False, gpus, gpu, shard=True, sync_bn_group=0, **changes)
+
+
+def test_a_sharded_step_waits_for_what_takes_longer_than_its_arithmetic(small):
+    """All that is gathered and scattered in a node, beside the all-reduce over the replicas."""
+    config, counted, _ = small
+    name = "gathers, scatters, not hidden"
+    sent = traffic(counted, replace(config, shard=True), 8, False, 64)
+    whole = sent["all-reduce, not sharded"]
+    inside = sent["all-gather, weights"] + sent["reduce-scatter, gradients"]
+    slow = sharded(small, ENDLESS._replace(nvlink=1.0))             # arithmetic takes no time
+    assert slow.reduction == slow.seconds[name] == pytest.approx((inside + whole) / 1e9)
+    # one adapter a GPU; a ring over all GPUs has eight; gathers of forward take no time
+    network = sharded(small, ENDLESS._replace(network=1.0))
+    assert network.seconds[name] == pytest.approx(
+        sent["all-reduce, replicas"] / 1e9 + whole / 8e9)
+    fast = sharded(small, ENDLESS._replace(nvlink=1e3, network=1e3, tflops=1e-3))
+    assert fast.seconds[name] == pytest.approx(whole / 1e12)        # the rest is hidden
+    assert fast.hidden == pytest.approx(fast.reduction - whole / 1e12) and fast.hidden > 0
+    assert name not in step(small, 8, False, 64, ENDLESS).seconds
+
+
+def test_half_of_a_slow_forward_pass_hides_half_of_its_gathers(small):
+    """Rates so chosen that of each crop size's forward pass the gather takes longer."""
+    config, counted, passed = small
+    gpu = ENDLESS._replace(tflops=1.0, nvlink=1.0)
+    of, trunk, head = sharded(small, gpu, 8, 64), sum(counted.units[:-1]), counted.units[-1]
+    waiting = 2 * 7 / 8 * 4 * (counted.params - sum(counted.units)) / 1e9
+    views = sum(spec.count for spec in config.crops)
+    for params, operations, rows in (
+            *((trunk, passed.trunk[spec], spec.count) for spec in config.crops),
+            (head, passed.head, views)):
+        for backward, size in ((False, 2), (True, 6)):
+            computed = sum(o.flops for o in operations if o.backward == backward) * 64 * rows
+            waiting += max(0, size * params * 7 / 8 / 1e9 - computed / 1e12)
+    assert of.seconds["gathers, scatters, not hidden"] == pytest.approx(waiting)
+    assert 0 < of.hidden < of.reduction
+
+
+def test_bytes_over_the_weights_of_a_sharded_step(small):
+    """One micro-batch: each crop size gathers twice and scatters once, the head too."""
+    config, counted, _ = small
+    trunk, head = sum(counted.units[:-1]), counted.units[-1]
+    gathered, scattered = 4 * trunk + 2 * head, 2 * trunk + head
+    kept = (trunk + head) / 8 + counted.params - trunk - head
+    expected = gathered * (2 * 3 + 6 / 8) + scattered * (2 + 8 + 12 / 8) + 36 * kept
+    assert times.weight_bytes(counted, replace(config, shard=True), 1, False, 8) == pytest.approx(
+        expected)
 
 
 def test_each_synchronised_layer_waits_for_its_group(small):
