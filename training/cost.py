@@ -148,7 +148,8 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
     # whether odd widths are padded is measured later
     padded = (config.arch in ARCHS and bool(odd_widths(ARCHS[config.arch]))
               and config.pad_widths is not False and device.type == "cuda")
-    parameters = (shard_memory(cost, shards, padded and checkpointing, dtype) if shards > 1 else
+    parameters = (shard_memory(cost, shards, ranks, padded and checkpointing, dtype)
+                  if shards > 1 else
                   whole_memory(cost, config, micro_batch, checkpointing, padded, dtype))
     return parameters | {
         "activations of the trunk": micro_batch * kept,
@@ -177,14 +178,16 @@ def whole_memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bo
     }
 
 
-def shard_memory(cost: Cost, shards: int, padded: bool, dtype: torch.dtype) -> dict[str, float]:
+def shard_memory(cost: Cost, shards: int, ranks: int, padded: bool,
+                 dtype: torch.dtype) -> dict[str, float]:
     """Bytes of parameters, by part, where a rank has one of so many shards. Two units are whole at
     once: the one that is computed, and the one that is gathered before it is needed, or whose
     gradients are sent. padded: a block at a time, with activation checkpointing alone."""
     sharded, pair = sum(cost.units), max(map(sum, pairwise(cost.units)))
     return {
         "weights, float32 shards": 4 * sharded / shards,
-        "gradients, float32 shards": 4 * sharded / shards,
+        # of several replicas, also what is summed in the group, and not yet over the replicas
+        "gradients, float32 shards": 4 * sharded / shards * (1 + (shards < ranks)),
         "momentum, float32 shards": 4 * sharded / shards,
         # weights, gradients and momentum
         "BatchNorm and prototypes, whole": 12 * (cost.params - sharded),
@@ -242,13 +245,13 @@ def traffic(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, g
 def shard_traffic(cost: Cost, config: Config, micro_batches: int, shards: int,
                   gpus: int) -> dict[str, float]:
     """Bytes each GPU sends in a step for weights and gradients. Gradients are scattered in float32,
-    then summed over the replicas, which are the GPUs that hold the same shard."""
+    and at the end summed over the replicas, which are the GPUs that hold the same shard."""
     gathered, scattered = shard_passes(cost, config, micro_batches)
     others, replicas = (shards - 1) / shards, gpus // shards
     return {
         "all-gather, weights": others * gathered_bytes(config) * gathered,
         "reduce-scatter, gradients": others * 4 * scattered,
-        "all-reduce, replicas": 2 * (replicas - 1) / replicas * 4 * scattered / shards,
+        "all-reduce, replicas": 2 * (replicas - 1) / replicas * 4 * sum(cost.units) / shards,
         "all-reduce, not sharded":
             2 * (gpus - 1) / gpus * 4 * (cost.params - sum(cost.units))}
 

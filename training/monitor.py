@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.loader import SHARED
-from distributed.fsdp import ranks_of_node, shard_ranks
 from distributed.hardware import peak_memory
 from distributed.ranks import gather_lists, mean_over_ranks
 from distributed.wrap import sync_group
@@ -134,10 +133,6 @@ def start_lines(run: Run) -> str:
         group = sync_group(config.sync_bn_group, world)
         norms = (f"; BatchNorm over {group} ranks" if group > 1 else "; BatchNorm of each rank by "
                  f"itself: SyncBatchNorm over {config.sync_bn_group} needs several ranks")
-    shards = ""
-    if config.shard:
-        ranks = shard_ranks(config.shard_group, world, ranks_of_node())
-        shards = f"; weights in shards over {ranks} ranks"
     small = " (for fewer than 100,000 images; --explain gives its reasons)"
     return (f"data: {count:,} images from {source}\n"
             f"recipe {config.recipe}{small * (config.recipe == 'small')}: {config.arch}, "
@@ -149,7 +144,6 @@ def start_lines(run: Run) -> str:
             f"{config.steps * config.batch_size / count:,.1f} epochs{takes}\n"
             f"{run.device}, {str(run.dtype).removeprefix('torch.')}"
             + "; activation checkpointing" * bool(config.checkpoint_activations)
-            + shards
             + "; compiled: the first step takes its time" * config.compile
             + norms + f"; {batches.workers} workers{ahead}; run folder {config.out}"
             + (f"; resumed after step {run.start}" if run.start else "")

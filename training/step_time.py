@@ -182,30 +182,30 @@ def reduction_time(cost: Cost, config: Config, gpus: int, gpu: Gpu,
 def shard_time(cost: Cost, counted: Passes, config: Config, images: int, n: int,
                checkpointing: bool, gpus: int, gpu: Gpu) -> tuple[float, float]:
     """Seconds of a step's gathers, scatters and all-reduces; and those that are waited for. The
-    all-reduces over replicas go on beside the others, by other links. That of what is not sharded
-    comes last, and is waited for."""
+    all-reduces over replicas go on beside the last backward pass, by other links. That of what is
+    not sharded comes last, and is waited for."""
     shards, first = shards_of(config, gpus), config.crops[:first_sizes(config)] if n > 1 else ()
     replicas, views = gpus // shards, sum(spec.count for spec in config.crops)
     others = (shards - 1) / shards / ring_rate(gpu, shards > NODE, NODE)
     over_replicas = 2 * (replicas - 1) / replicas / shards / ring_rate(
         gpu, gpus > NODE, max(1, NODE // shards))
     trunk, head = sum(cost.units[:-1]), cost.units[-1]
-    parts = [*((trunk, counted.trunk[spec], spec.count, spec.count * (spec in first), checkpointing)
-               for spec in config.crops),
-             (head, counted.head, views, sum(spec.count for spec in first), False)]
+    parts = [*((trunk * (spec is config.crops[0]), trunk, counted.trunk[spec], spec.count,
+                spec.count * (spec in first), checkpointing) for spec in config.crops),
+             (head, head, counted.head, views, sum(spec.count for spec in first), False)]
     spent = waiting = (traffic(cost, config, images, checkpointing, gpus)["all-reduce, not sharded"]
                        / ring_rate(gpu, gpus > NODE, NODE))
-    for params, operations, crops, crops_for_codes, again in parts:
+    for summed, params, operations, crops, crops_for_codes, again in parts:
         forward = [o for o in operations if not o.backward]
         backward = [o for o in operations if o.backward or again]
         gather, scatter = gathered_bytes(config) * params * others, 4 * params * others
-        passes = [(gather, least(gpu, forward, images * crops)),
-                  (max(gather + scatter, 4 * params * over_replicas),
-                   least(gpu, backward, images * crops))]
+        forth, back = (least(gpu, some, images * crops) for some in (forward, backward))
+        passes = [(n, gather, forth), (n - 1, gather + scatter, back),
+                  (1, max(gather + scatter, 4 * summed * over_replicas), back)]
         if crops_for_codes:
-            passes.append((gather, least(gpu, forward, images * crops_for_codes)))
-        spent += n * sum(sent for sent, _ in passes)
-        waiting += n * sum(max(0.0, sent - computed) for sent, computed in passes)
+            passes.append((n, gather, least(gpu, forward, images * crops_for_codes)))
+        spent += sum(times * sent for times, sent, _ in passes)
+        waiting += sum(times * max(0.0, sent - computed) for times, sent, computed in passes)
     return spent, waiting
 
 

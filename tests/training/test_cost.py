@@ -171,7 +171,7 @@ def test_memory_of_shards():
     for dtype, size in ((torch.bfloat16, 2), (torch.float32, 4)):
         parts = cost.memory(of, config, 2, True, 8, dtype)
         assert [parts[f"{name}, float32 shards"] for name in ("weights", "gradients", "momentum")
-                ] == [sum(units)] * 3
+                ] == [sum(units), 2 * sum(units), sum(units)]           # gradients of two replicas
         assert parts["BatchNorm and prototypes, whole"] == 12 * (of.params - sum(units))
         assert parts["gathered weights of two units"] == size * neighbours
         assert parts["gradients of two units"] == (size + 4) * neighbours
@@ -199,7 +199,7 @@ def test_traffic_of_shards():
         sent = cost.traffic(of, config, 4, False, 8)
         assert sent["all-gather, weights"] == 2 / 2 * 2 * ((4 + first) * trunk + 3 * head)
         assert sent["reduce-scatter, gradients"] == 4 / 2 * 2 * (2 * trunk + head)
-        assert sent["all-reduce, replicas"] == 2 * 3 / 4 * 4 / 2 * 2 * (2 * trunk + head)
+        assert sent["all-reduce, replicas"] == 2 * 3 / 4 * 4 / 2 * (trunk + head)      # once
         assert sent["all-reduce, not sharded"] == 2 * 7 / 8 * 4 * (of.params - sum(of.units))
     at_once = cost.traffic(of, replace(config, precision="fp32"), 8, False, 8)
     assert at_once["all-gather, weights"] == 4 / 2 * (4 * trunk + 2 * head)

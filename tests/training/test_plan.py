@@ -234,7 +234,7 @@ def sharded_rows(gpus: int, gb: int, batch: int) -> list[str]:
 
 @pytest.mark.long
 def test_the_sharded_plans_of_the_docs_are_the_plans():
-    page = (ROOT / "docs" / "scale.md").read_text().splitlines()
+    page = (ROOT / "docs" / "sharded.md").read_text().splitlines()
     for machine in MACHINES:
         for row in sharded_rows(*machine):
             assert row in page
