@@ -70,17 +70,17 @@ def save_sharded(path: str | os.PathLike, state: dict, group: dist.ProcessGroup,
     away what is at path. Raises OSError, the same on all ranks, where a rank cannot write."""
     path, aside, rank = Path(path), Path(f"{path}.tmp"), group.rank()
     rest, tensors = split(state)
-    with same_error(path, group):
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / "tensors").mkdir(parents=True)
-            save(aside / "state.pt", rest)
     try:
+        with same_error(path, group):
+            if rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                (aside / "tensors").mkdir(parents=True)
+                save(aside / "state.pt", rest)
         with same_error(path, group):
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside / "tensors"),
                      process_group=group)
         sums, names = {}, [f"tensors/{file.name}" for file in (aside / "tensors").glob(
-            f"__{dist.get_rank()}_*")] + ["state.pt", "tensors/.metadata"] * (rank == 0)
+            f"__{rank}_*")] + ["state.pt", "tensors/.metadata"] * (rank == 0)
         with same_error(path, group):
             sums = {name: sum_of(aside / name) for name in names}
         gathered = [None] * group.size()
@@ -159,7 +159,7 @@ def fault_of(path: str | os.PathLike, part: int = 0, parts: int = 1) -> str:
         for name in sorted(sums)[part::parts]:
             if sum_of(Path(path, name)) != sums[name]:
                 return f"{path} is damaged: {name} is not as it was written"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return f"{path} is damaged, or no checkpoint ({reason(error)})"
     return ""
 
@@ -178,7 +178,7 @@ def keys(path: str | os.PathLike) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def fill(path: str | os.PathLike, targets: dict[str, Tensor], group=None) -> None:
     """Read the tensors of these paths into the targets, whole ones or shards of any mesh. group: of
     the ranks that read together; None: this process alone. Raises ValueError for what is not
-    there."""
+    there, or is damaged; on all ranks alike."""
     if not targets:
         return
     there = keys(path)
@@ -187,8 +187,11 @@ def fill(path: str | os.PathLike, targets: dict[str, Tensor], group=None) -> Non
             raise ValueError(f"{path} holds no {key} of shape {tuple(target.shape)}")
     with warnings.catch_warnings():                 # that one process reads alone
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(targets, storage_reader=Reader(Path(path, "tensors")), process_group=group,
-                 no_dist=group is None)
+        try:
+            dcp.load(targets, storage_reader=Reader(Path(path, "tensors")), process_group=group,
+                     no_dist=group is None)
+        except dcp.CheckpointException as error:
+            raise ValueError(f"{path} is damaged ({cause_of(error)})") from None
 
 
 def load_whole(path: str | os.PathLike, prefix: str = "") -> dict:
@@ -245,7 +248,10 @@ class Reader(dcp.FileSystemReader):
         try:
             with open(path, "rb") as file:
                 metadata = Unpickler(file).load()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+            for name, held in metadata.state_dict_metadata.items():
+                if type(held) is not dcp_metadata.TensorStorageMetadata:
+                    raise ValueError(f"{name} is no tensor")
+        except Exception as error:      # a pickle of anything else raises nearly any
             raise ValueError(f"{path} is damaged, or no metadata ({reason(error)})") from None
         metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -253,7 +259,8 @@ class Reader(dcp.FileSystemReader):
 
 
 class Unpickler(pickle.Unpickler):
-    """Of classes that are needed for metadata. Raises ValueError for any other."""
+    """Of classes that are needed for metadata of tensors. Raises ValueError for any other. Not
+    BytesStorageMetadata: what it stands for is read as a pickle that may run code."""
     MODULES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
     OTHERS = {("torch", "Size"), ("torch.serialization", "_get_layout"),
               *((module, name) for module in ("pathlib", "pathlib._local")
@@ -262,8 +269,7 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         known = module in self.MODULES and name in (
             "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
-            "ChunkStorageMetadata", "BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING",
-            "_StorageInfo")
+            "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING", "_StorageInfo")
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not (known or is_dtype or (module, name) in self.OTHERS):
             raise ValueError(f"metadata holds {module}.{name}, which could run code")
