@@ -92,8 +92,9 @@ def read(source: str | os.PathLike, trust: bool = False, quiet: bool = False) ->
     then they are left out. quiet: print no licence. Raises ValueError for what cannot be read.
     """
     path = _path_of(source, quiet)
+    content = load_whole(path, "model/") if path.is_dir() else None     # its errors name the path
     try:
-        content = load_whole(path, "model/") if path.is_dir() else open_file(path, trust)
+        content = content or open_file(path, trust)
         tensors, layout = to_ours(state_dict_of(content))
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None

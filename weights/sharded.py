@@ -36,7 +36,7 @@ SUMS = "sha256.json"
 
 # -------------------------------------------------------------------------------------- the state
 def split(tree, path: tuple = ()) -> tuple[object, dict[str, DTensor]]:
-    """The tree without its sharded leaves; these by their path."""
+    """The tree without its sharded leaves, for which a list has None; these by their path."""
     if isinstance(tree, DTensor):
         return None, {"/".join(map(str, path)): tree}
     if not isinstance(tree, (dict, list, tuple)):
@@ -45,13 +45,13 @@ def split(tree, path: tuple = ()) -> tuple[object, dict[str, DTensor]]:
     for key, value in tree.items() if is_dict else enumerate(tree):
         rest[key], found = split(value, (*path, key))
         sharded |= found
-        if isinstance(value, DTensor):
+        if is_dict and isinstance(value, DTensor):
             del rest[key]
-    return (rest if is_dict else list(rest.values())), sharded
+    return (rest if is_dict else type(tree)(list(rest.values()))), sharded
 
 
 def join(tree: dict, tensors: dict[str, Tensor]) -> dict:
-    """The way back from split, for trees whose sharded leaves lie in dicts. In place."""
+    """The way back from split, for trees without sharded leaves in tuples. In place."""
     for path, tensor in tensors.items():
         *way, last = [int(key) if key.isdigit() else key for key in path.split("/")]
         place = tree
@@ -70,25 +70,28 @@ def save_sharded(path: str | os.PathLike, state: dict, group: dist.ProcessGroup,
     away what is at path. Raises OSError, the same on all ranks, where a rank cannot write."""
     path, aside, rank = Path(path), Path(f"{path}.tmp"), group.rank()
     rest, tensors = split(state)
-    with same_error(path, group):
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / "tensors").mkdir(parents=True)
-            save(aside / "state.pt", rest)
     try:
+        with same_error(path, group):
+            if rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                (aside / "tensors").mkdir(parents=True)
+                save(aside / "state.pt", rest)
         with same_error(path, group):
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside / "tensors"),
                      process_group=group)
         sums, names = {}, [f"tensors/{file.name}" for file in (aside / "tensors").glob(
-            f"__{dist.get_rank()}_*")] + ["state.pt", "tensors/.metadata"] * (rank == 0)
+            f"__{rank}_*")] + ["state.pt", "tensors/.metadata"] * (rank == 0)
         with same_error(path, group):
             sums = {name: sum_of(aside / name) for name in names}
-        gathered = [None] * group.size()
-        dist.all_gather_object(gathered, sums, group=group)
+        gathered = gather(sums, path, group)
         with same_error(path, group):
             if rank == 0:
-                (aside / SUMS).write_text(json.dumps(
-                    {name: sum for sums in gathered for name, sum in sums.items()}, indent=1))
+                sums = {name: sum for part in gathered for name, sum in part.items()}
+                for name in sums:
+                    if not (aside / name).exists():
+                        raise OSError(f"{name}, which another rank wrote, is not there: all ranks "
+                                      "must share the folder")
+                (aside / SUMS).write_text(json.dumps(sums, indent=1))
                 flush(aside / SUMS)
                 for folder in (aside / "tensors", aside):
                     flush_folder(folder)
@@ -122,10 +125,19 @@ class same_error:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        errors = [None] * self.group.size()
-        dist.all_gather_object(errors, cause_of(error) if error else "", group=self.group)
+        errors = gather(cause_of(error) if error else "", self.path, self.group)
         if first := next(filter(None, errors), ""):
             raise OSError(f"{self.path} could not be saved: {first}") from None
+
+
+def gather(mine, path: Path, group: dist.ProcessGroup) -> list:
+    """What each rank of the group has. Raises OSError where one does not answer."""
+    found = [None] * group.size()
+    try:
+        dist.all_gather_object(found, mine, group=group)
+    except RuntimeError:
+        raise OSError(f"{path} could not be saved: another rank is gone") from None
+    return found
 
 
 def cause_of(error: BaseException) -> str:
@@ -159,7 +171,7 @@ def fault_of(path: str | os.PathLike, part: int = 0, parts: int = 1) -> str:
         for name in sorted(sums)[part::parts]:
             if sum_of(Path(path, name)) != sums[name]:
                 return f"{path} is damaged: {name} is not as it was written"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return f"{path} is damaged, or no checkpoint ({reason(error)})"
     return ""
 
@@ -178,7 +190,7 @@ def keys(path: str | os.PathLike) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def fill(path: str | os.PathLike, targets: dict[str, Tensor], group=None) -> None:
     """Read the tensors of these paths into the targets, whole ones or shards of any mesh. group: of
     the ranks that read together; None: this process alone. Raises ValueError for what is not
-    there."""
+    there, or is damaged; on all ranks alike."""
     if not targets:
         return
     there = keys(path)
@@ -187,8 +199,11 @@ def fill(path: str | os.PathLike, targets: dict[str, Tensor], group=None) -> Non
             raise ValueError(f"{path} holds no {key} of shape {tuple(target.shape)}")
     with warnings.catch_warnings():                 # that one process reads alone
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(targets, storage_reader=Reader(Path(path, "tensors")), process_group=group,
-                 no_dist=group is None)
+        try:
+            dcp.load(targets, storage_reader=Reader(Path(path, "tensors")), process_group=group,
+                     no_dist=group is None)
+        except dcp.CheckpointException as error:
+            raise ValueError(f"{path} is damaged ({cause_of(error)})") from None
 
 
 def load_whole(path: str | os.PathLike, prefix: str = "") -> dict:
@@ -245,15 +260,21 @@ class Reader(dcp.FileSystemReader):
         try:
             with open(path, "rb") as file:
                 metadata = Unpickler(file).load()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+            for name, held in metadata.state_dict_metadata.items():
+                if not (type(held) is dcp_metadata.TensorStorageMetadata
+                        and isinstance(held.size, torch.Size)
+                        and isinstance(held.properties.dtype, torch.dtype)):
+                    raise ValueError(f"{name} is no tensor")
+        except Exception as error:      # a pickle of anything else raises nearly any
             raise ValueError(f"{path} is damaged, or no metadata ({reason(error)})") from None
         metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
-class Unpickler(pickle.Unpickler):
-    """Of classes that are needed for metadata. Raises ValueError for any other."""
+class Unpickler(pickle._Unpickler):         # the one in Python: its steps can be replaced
+    """Of classes that are needed for metadata of tensors. Raises ValueError for any other. Not
+    BytesStorageMetadata: what it stands for is read as a pickle that may run code."""
     MODULES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
     OTHERS = {("torch", "Size"), ("torch.serialization", "_get_layout"),
               *((module, name) for module in ("pathlib", "pathlib._local")
@@ -262,9 +283,16 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         known = module in self.MODULES and name in (
             "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
-            "ChunkStorageMetadata", "BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING",
-            "_StorageInfo")
+            "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING", "_StorageInfo")
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not (known or is_dtype or (module, name) in self.OTHERS):
             raise ValueError(f"metadata holds {module}.{name}, which could run code")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Sets attributes: of objects, but not of the classes themselves."""
+        if callable(self.stack[-2]):
+            raise ValueError("metadata changes a class or a function")
+        super().load_build()
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
