@@ -24,7 +24,7 @@ from methods.build import build_method
 from training.rollback import NotFinite
 from training.run import Run
 from training.signals import Stop
-from training.writer import ShardedWriter, Writer, trunk_of
+from training.writer import ShardedWriter, Writer, newest, trunk_of
 from weights.atomic import load, save
 from weights.load import load_weights
 from weights.sharded import load_whole, restore
@@ -132,15 +132,20 @@ def keep_products(run: Run, state: dict) -> None:
         path = run.out / name
         if not os.path.lexists(path):
             save(path, weights)
-        elif not all(torch.equal(value.cpu(), held) for value, held in zip(
-                weights.values(), load(path).values(), strict=True)):
+        elif not same(weights, load(path)):
             raise ValueError(f"{path} is there, and holds other weights: move it")
 
 
+def same(one: dict, other: dict) -> bool:
+    """Tensors by name, in any order, to the bit."""
+    return one.keys() == other.keys() and all(
+        torch.equal(value.cpu(), other[name]) for name, value in one.items())
+
+
 def whole_method(run: Run) -> nn.Module:
-    """Of a finished run in shards: its method whole, on this rank's device."""
+    """Of a finished run, from its checkpoint: its method whole, on this rank's device."""
     method = build_method(run.config, "meta")
-    load_weights(method, run.out / "checkpoint")
+    load_weights(method, newest(run.out)[0])
     return method.to(run.device)
 
 

@@ -75,7 +75,7 @@ class Writer:
         try:
             self.snapshot.wait()
             self._replace(state)
-            self.step, self.error = state["step"], ""
+            self.error = ""
             if is_main():
                 self._prune()
         except Exception as error:      # no one else would see a thread's error
@@ -88,6 +88,7 @@ class Writer:
             save(self.folder / "trunk.pt", trunk)
         self._keep_last(linked="checkpoint.pt")
         save(self.folder / "checkpoint.pt", state)      # last: with it, the step counts
+        self.step = state["step"]
         if first:
             save(self.folder / "trunk.pt", trunk)
 
@@ -117,6 +118,9 @@ class Writer:
             step = int(path.stem.partition("-")[2])
             if not (self.keep_every and step % self.keep_every == 0):
                 remove(path)
+        for path in self.folder.glob("checkpoint*"):        # of a save that was killed
+            if path.suffix in (".tmp", ".old"):
+                remove(path)
 
 
 class ShardedWriter(Writer):
@@ -129,7 +133,8 @@ class ShardedWriter(Writer):
 
     def _replace(self, state: dict) -> None:
         first, last = self.step is None, self.folder / "checkpoint"
-        save_sharded(last, state, self.group, before=lambda aside: self._make_way(aside))
+        save_sharded(last, state, self.group, before=self._make_way)
+        self.step = state["step"]
         if first and is_main():
             save_trunk(last)
 

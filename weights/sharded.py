@@ -103,6 +103,9 @@ def save_sharded(path: str | os.PathLike, state: dict, group: dist.ProcessGroup,
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
+    except RuntimeError as error:               # of the group: all others are OSErrors by now
+        raise OSError(f"{path} could not be saved: another rank is gone, or does not answer "
+                      f"({reason(error)})") from None
 
 
 def remove(path: Path) -> None:
