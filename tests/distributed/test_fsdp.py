@@ -32,12 +32,13 @@ def method_of(params: RegNetParams, head: tuple, device, **options) -> SwAV:
         return SwAV(RegNet(params), head, 12, counts=[spec.count for spec in SPECS], **options)
 
 
-def network(build, sharded, group=0, dtype=torch.float32, **wrappers):
-    """A method, and what is called in its place, on this rank: sharded, or in DDP."""
+def network(build, sharded, group=0, sync=True, dtype=torch.float32, **wrappers):
+    """A method, and what is called in its place, on this rank: sharded, or in DDP. sync: BatchNorm
+    over all ranks."""
     mesh = shard_mesh(CPU, group) if sharded else None
     model = build("meta" if sharded else CPU)
-    wrapped = wrap(model, CPU, sync_bn_group=dist.get_world_size(), channels_last=False, mesh=mesh,
-                   dtype=dtype, **wrappers)
+    wrapped = wrap(model, CPU, sync_bn_group=sync * dist.get_world_size(), channels_last=False,
+                   mesh=mesh, dtype=dtype, **wrappers)
     if sharded:
         materialise(model, partial(build, "meta"), CPU)
     return model, wrapped
@@ -74,7 +75,8 @@ def trained(rank, precision, steps, micro_batches, group, checkpointing, padded,
                                  pad_widths=padded)
         assert sharded == isinstance(wrapped, Sharded)
         assert sharded == isinstance(model.trunk.stem[0].weight, DTensor)
-        optimizer = LARC(model.parameters(), 0.1, weight_decay=1e-2)
+        rate = 0.1 if precision == "float64" else 1e-3          # at which roundings do not grow
+        optimizer = LARC(model.parameters(), rate, weight_decay=1e-2)
         losses = take_steps(model, wrapped, optimizer, rank, steps, micro_batches,
                             options.get("head_bn"))
         momenta = {name: optimizer.state[p]["momentum_buffer"]
@@ -183,7 +185,8 @@ def peaks(rank):
     for sharded in (False, True):
         with Alive() as alive:
             build = partial(method_of, HEAVY, (256, 32))
-            model, wrapped = network(build, sharded, checkpoint_activations=True)
+            model, wrapped = network(build, sharded, sync=False,
+                                     checkpoint_activations=True)
             optimizer = LARC(model.parameters(), 0.1)
             take_steps(model, wrapped, optimizer, rank, 2, 1, False)
         peaks.append(alive.peak)
@@ -204,7 +207,7 @@ def pending(rank, cut_features):
     if not cut_features:
         Sharded.cut = lambda self, trunk, inputs, features: features
     build = partial(method_of, HEAVY, (256, 32))
-    model, wrapped = network(build, True)
+    model, wrapped = network(build, True, sync=False)
     units = [sum(p.numel() * p.element_size() for p in block.parameters() if p.dim() == 4)
              for block in model.trunk.blocks()]
     with Alive(torch.ops.aten.convolution_backward.default, 1) as alive:
