@@ -208,7 +208,7 @@ class Queue:
     def push(self, embeddings: Tensor) -> None:
         """embeddings: (A, B, D), of the assigned crops."""
         kept, length = self.embeddings.to(embeddings.device), self.embeddings.shape[1]
-        self.embeddings = torch.cat([embeddings.float(), kept], dim=1)[:, :length].contiguous()
+        self.embeddings = torch.cat([embeddings.to(kept.dtype), kept], dim=1)[:, :length].contiguous()
         self.filled = min(length, self.filled + embeddings.shape[1])
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ class Queue:
         if not self.full:
             return None
         with torch.autocast(self.embeddings.device.type, enabled=False):
-            return self.embeddings @ prototypes.float().t()
+            return self.embeddings @ prototypes.to(self.embeddings.dtype).t()
 
 
 @torch.no_grad()

@@ -3,11 +3,14 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import larc
 from bench.baseline import plain_larc
 from larc import LARC
-from tests.helpers import ORACLES
+from tests.helpers import ORACLES, run_ranks
 
 CASES = torch.load(ORACLES / "larc.pt", weights_only=True)["cases"]
 
@@ -176,3 +179,42 @@ def test_the_compiled_update_passes_over_memory_five_times(device, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     size, scalars = sum(p.nbytes for p in params), 3 * 4 * len(params)
     assert 5 * size <= metrics.num_bytes_accessed <= 5 * size + scalars
+
+
+# ------------------------------------------------------------------------------- sharded tensors
+def shards_on_a_rank(rank, sizes):
+    """Norms of tensors, whole and sharded, with the number of collectives that these took; then
+    the tensors after three steps."""
+    mesh = init_device_mesh("cpu", sizes)
+    placements = [Replicate()] * (len(sizes) - 1) + [Shard(0)]
+
+    def sharded(x):                             # a number has no rows
+        return distribute_tensor(x, mesh, placements) if x.dim() else x
+
+    params, parts = ([torch.nn.Parameter(p.detach().double()) for p in some_tensors()]
+                     for _ in range(2))
+    parts = [torch.nn.Parameter(sharded(p.detach().contiguous())) for p in parts]
+    for p, part, x in zip(params, parts, some_tensors()):
+        p.grad, part.grad = x.grad.double(), sharded(x.grad.double())
+    expected, other = larc.norms(params), larc.norms([p.grad for p in params])
+    with CommDebugMode() as collectives:
+        norms = larc.norms(parts)
+    torch.testing.assert_close(norms, expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(gradient_norms(parts), other, rtol=1e-14, atol=0)
+    whole = take_steps(params, LARC(params, lr=100.0, weight_decay=1e-2))
+    take_steps(parts, LARC(parts, lr=100.0, weight_decay=1e-2))
+    counts = {str(kind): count for kind, count in collectives.get_comm_counts().items()}
+    return whole, [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
+                   for p in parts], counts, min(p.to_local().numel() for p in parts if p.dim())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)])
+def test_shards_step_as_whole_tensors_do(sizes, tmp_path):
+    """On 4 ranks a tensor of 5 rows leaves one without any. Norms are those of whole tensors, by
+    one all-reduce for all of them."""
+    ranks = run_ranks(shards_on_a_rank, tmp_path, sizes, world=4 if sizes != (2,) else 2)
+    for whole, mine, counts, _ in ranks:
+        torch.testing.assert_close(mine, whole, rtol=1e-12, atol=0)
+        assert [*counts.values()] == [1] and "all_reduce" in [*counts][0], counts
+    assert (min(smallest for *_, smallest in ranks) == 0) == (sizes == (4,))

@@ -8,9 +8,11 @@ from torch import nn
 import train
 from data.images import open_images
 from distributed import agreement
+from distributed.fsdp import shard_mesh
+from distributed.wrap import wrap
 from recipes.command_line import configure, parse_arguments
 from tests.helpers import SMALL, run_ranks, write_pictures
-from tests.test_step import tiny
+from tests.test_step import CPU, tiny
 from weights.atomic import load
 
 
@@ -61,6 +63,38 @@ def gathered_names(model):
 
 def test_a_single_rank_agrees_with_itself():
     assert agreement.disagreement(nn.Linear(2, 2)) == ""
+
+
+def sharded_and_flipped(rank, group):
+    """What is said of a sharded network: as it is, then with another bit in a part of rank 1, in
+    its whole prototypes, and in rank 1's running statistics, which are its own."""
+    model = tiny()
+    wrap(model, CPU, mesh=shard_mesh(CPU, group))
+    told = [agreement.disagreement(model)]
+    for x, i, bit in ((model.trunk.stem[0].weight.to_local(), 4, 0),
+                      (model.prototypes.weight, 5, 30), (model.trunk.stem[1].running_mean, 0, 3)):
+        if rank == 1:
+            flip(x, i, bit)
+        told.append(agreement.disagreement(model))
+        if rank == 1:
+            flip(x, i, bit)
+    return told
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("group, world", [(2, 4), (0, 2)])
+def test_replicas_of_shards_are_compared(group, world, tmp_path):
+    """On 4 ranks in groups of 2, a part that is not that of the other group; where there is one
+    copy, its parts differ, and none is compared."""
+    ranks = run_ranks(sharded_and_flipped, tmp_path, group, world=world)
+    assert all(told == ranks[0] for told in ranks)
+    sound, part, prototypes, own = ranks[0]
+    assert sound == own == "" and "prototypes.weight of rank " in prototypes
+    if group:       # of two that differ none is usual
+        assert "trunk.stem.0.weight of rank 1 " in part or "trunk.stem.0.weight of rank 3 " in part
+        assert "prototypes.weight of rank 1 " in prototypes and "(1 of " in part
+    else:
+        assert part == ""
 
 
 def drifting(rank, photos, out):
