@@ -231,7 +231,7 @@ def test_a_run_goes_on_with_other_ranks(few_photos, tmp_path, ranks, parts):
 
 # ---------------------------------------------------------------------------------------- products
 @pytest.mark.long
-def test_a_sharded_runs_folder_is_a_runs_folder(few_photos, tmp_path, ranks, finished, capsys):
+def test_a_sharded_runs_folder_is_a_runs_folder(finished):
     state = load_whole(finished / "checkpoint")
     trunk = {name.removeprefix("trunk."): x for name, x in state["model"].items()
              if name.startswith("trunk.")}
@@ -255,7 +255,7 @@ def test_a_sharded_runs_weights_begin_another_run(few_photos, tmp_path, ranks, f
         out = tmp_path / f"{world}-{source.name}"
         text = ranks.run(world, out, *command(few_photos, out, f"--init={source}", "--steps=1",
                                               "--lr=0", *["--shard"] * (world > 1)))
-        assert f"starts from {source}: {parts}" in text or parts in text
+        assert f"starts from {source}: {parts}" in text
         after = state_of(newest(out)[0])["model"]
         # prototypes are normalised again
         same = [name for name, x in after.items() if torch.equal(x, model[name])
@@ -269,7 +269,7 @@ def test_a_sharded_runs_weights_begin_another_run(few_photos, tmp_path, ranks, f
 def test_evaluate_takes_a_sharded_runs_folder(few_photos, tmp_path, ranks, finished):
     out = tmp_path / "knn"
     text = ranks.run(1, out, "evaluate.py", "knn", finished, "--workers=0", "--device=cpu")
-    assert '"top1"' in text or "knn" in text
+    assert 0 <= json.loads(text.splitlines()[-1])["top1"] <= 100
     for i, source in enumerate((finished, finished / "checkpoint")):
         ranks.run(1, out, "evaluate.py", "clusters", source, f"--data={few_photos}", "--workers=0",
                   f"--out={tmp_path / f'{i}.csv'}", "--device=cpu")
@@ -293,8 +293,7 @@ def test_a_finished_run_gets_back_its_products_and_a_greater_length(
         before = load(out / "trunk.pt")
         text = ranks.run(world, out, *command(few_photos, out, f"--steps={steps}",
                                               *["--shard"] * (world > 1)))
-        assert f"steps; the weights of step {steps - 2} stay in trunk-{steps - 2}.pt" in text or (
-            "extended" in (out / "log.jsonl").read_text())
+        assert f"extended from {steps - 2} to {steps} steps" in text
         assert equal(load(out / f"trunk-{steps - 2}.pt"), before)
         assert newest(out)[0].is_dir() == (world > 1)
         if world == 1:                      # finished whole, looked at in shards
