@@ -208,7 +208,8 @@ class Queue:
     def push(self, embeddings: Tensor) -> None:
         """embeddings: (A, B, D), of the assigned crops."""
         kept, length = self.embeddings.to(embeddings.device), self.embeddings.shape[1]
-        self.embeddings = torch.cat([embeddings.to(kept.dtype), kept], dim=1)[:, :length].contiguous()
+        joined = torch.cat([embeddings.to(kept.dtype), kept], dim=1)
+        self.embeddings = joined[:, :length].contiguous()
         self.filled = min(length, self.filled + embeddings.shape[1])
 
     @torch.no_grad()
