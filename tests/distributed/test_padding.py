@@ -127,8 +127,7 @@ def test_autocast_casts_the_weights_before_they_are_padded():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_graph_per_crop_size(checkpointing):
+def test_one_graph_per_crop_size(checkpointing=True):
     counters = torch._dynamo.utils.counters
     plain = Model(SHAPES["y"])
     padded = deepcopy(plain)
