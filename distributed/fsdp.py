@@ -122,6 +122,8 @@ class Sharded:
         while self.cuts:
             features, leaf = self.cuts.pop()
             self.model.trunk.set_requires_all_reduce(last and not self.cuts)
+            # or FSDP forgets what to gather ahead for the crop sizes that are left
+            self.model.trunk.set_is_last_backward(not self.cuts)
             features.backward(leaf.grad)
         if last:
             average([p.grad for p in whole_parameters(self.model)])

@@ -310,11 +310,14 @@ def train_with_labels(task: EvalTask, model: nn.Module, train: Labelled, val: La
     changed = published._replace(
         **{name: value for name, value in changes.items() if value is not None})
     out = Path(options.out or f"runs/{options.what}-{task.name()}")
+    dtype = pick_precision(options.precision, task.device)
+    if options.shard and not (options.what == "finetune" and dist.is_initialized()
+                              and dtype != torch.float16):
+        raise ValueError("--shard is for finetune by torchrun, in bf16 or fp32")
     about = about | {"checkpoint": task.digest() or options.arch, "data": options.data}
     last, best, counted = fit(
         model, train, val, changed, out, task.preprocessing, task.device,
-        pick_precision(options.precision, task.device), options.workers, options.seed, about,
-        options.shard and dist.is_initialized())
+        dtype, options.workers, options.seed, about, options.shard)
     return last, best, {"train": len(train.images), "val": counted, "out": str(out),
                         "left_out": len(val.images) - counted,
                         "recipe": as_dict(changed, task.preprocessing)}

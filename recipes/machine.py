@@ -155,21 +155,22 @@ def prepared(config: Config, device: torch.device, variant: Variant
         trunk = shallow_trunk(config, device) if config.shard else build_trunk(config.arch)
         crops = [torch.randn(spec.count * images_of(config, device), 3, spec.size, spec.size)
                  for spec in config.crops]
-    arrange(trunk, device, bool(config.checkpoint_activations), variant.channels_last,
-            variant.pad_widths)
+    arrange(trunk, device, bool(config.checkpoint_activations),
+            variant.channels_last and not config.shard, variant.pad_widths)    # as wrap does
     form = layout(device, variant.channels_last)
     return (trunk, [x.to(memory_format=form) for x in crops],
             [torch.empty_like(p) for p in trunk.parameters()])
 
 
 def shallow_trunk(config: Config, device: torch.device) -> nn.Module:
-    """For a run in shards, whose whole weights have no room: the second block of a stage stands for
-    all that follow, which take as long as it does. Weights are noise."""
+    """For a run in shards, whose whole weights have no room: all blocks of a stage that follow its
+    second one have the weights of that, and take as long as their own would. These are noise."""
     with torch.device("meta"):
         trunk = build_trunk(config.arch)
     for _, stage in stages_of(trunk):
-        for name, _ in list(stage.named_children())[2:]:
-            setattr(stage, name, stage[1])
+        for block in stage[2:]:         # a block of its own, for wrap's sake, with the same tensors
+            for module, second in zip(block.modules(), stage[1].modules()):
+                module._parameters, module._buffers = second._parameters, second._buffers
     for tensor in trunk.to_empty(device=device).state_dict().values():
         nn.init.normal_(tensor, 0.0, 0.02) if tensor.dim() else tensor.zero_()
     return trunk

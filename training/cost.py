@@ -148,7 +148,10 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
     # whether odd widths are padded is measured later
     padded = (config.arch in ARCHS and bool(odd_widths(ARCHS[config.arch]))
               and config.pad_widths is not False and device.type == "cuda")
-    parameters = (shard_memory(cost, shards, ranks, padded and checkpointing, dtype)
+    # all of them without checkpointing, where padding is not tried, but may be asked for
+    copied = (max(cost.units[:-1]) if checkpointing else
+              sum(cost.units[:-1]) * len(config.crops) * bool(config.pad_widths))
+    parameters = (shard_memory(cost, shards, ranks, copied * padded, dtype)
                   if shards > 1 else
                   whole_memory(cost, config, micro_batch, checkpointing, padded, dtype))
     return parameters | {
@@ -178,11 +181,11 @@ def whole_memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bo
     }
 
 
-def shard_memory(cost: Cost, shards: int, ranks: int, padded: bool,
+def shard_memory(cost: Cost, shards: int, ranks: int, padded: int,
                  dtype: torch.dtype) -> dict[str, float]:
     """Bytes of parameters, by part, where a rank has one of so many shards. Two units are whole at
     once: the one that is computed, and the one that is gathered before it is needed, or whose
-    gradients are sent. padded: a block at a time, with activation checkpointing alone."""
+    gradients are sent. padded: parameters of which padded copies are there at once."""
     sharded, pair = sum(cost.units), max(map(sum, pairwise(cost.units)))
     return {
         "weights, float32 shards": 4 * sharded / shards,
@@ -194,7 +197,7 @@ def shard_memory(cost: Cost, shards: int, ranks: int, padded: bool,
         "gathered weights of two units": dtype.itemsize * pair,
         # as backward makes them, and the float32 copy that is sent
         "gradients of two units": (dtype.itemsize + 4) * pair,
-        "padded weights of a block": dtype.itemsize * max(cost.units[:-1]) * padded,
+        "padded weights": dtype.itemsize * padded,
     }
 
 

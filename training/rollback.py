@@ -25,6 +25,7 @@ from distributed.ranks import all_reduce_max, on_any_rank
 from larc import norms
 from training.run import Run
 from training.signals import Signals, StepDropped, Stop
+from training.writer import newest
 
 
 class Verdict(NamedTuple):
@@ -118,7 +119,6 @@ class NotFinite(Stop):
 
     def __str__(self) -> str:
         kept = "no checkpoint was saved yet: begin again with"
-        if (self.out / "checkpoint.pt").exists():
-            kept = (f"the last good checkpoint was kept: --init {self.out}/checkpoint.pt with "
-                    "another --out and")
+        if paths := newest(self.out):
+            kept = f"the last good checkpoint was kept: --init {paths[0]} with another --out and"
         return f"{super().__str__()}; {kept} a lower --lr, or --precision fp32"

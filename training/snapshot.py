@@ -24,7 +24,7 @@ class Snapshot:
 
     def take(self, state: dict) -> dict:
         """state, of dicts, lists, tensors and plain values, with copies of the tensors; of sharded
-        ones (DTensors) this rank's part is copied, and the first time is a collective."""
+        ones (DTensors) this rank's part is copied."""
         before, self.buffers, self.copied = self.buffers, {}, None
         copy = self._copy(state, (), before)
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -59,7 +59,9 @@ class Snapshot:
         if mesh.device_type == "cpu":
             return mesh
         if self.mesh is None:
-            self.mesh = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+            # of places alone: groups of its own would take NCCL's buffers once more
+            self.mesh = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names,
+                                   _init_backend=False)
         return self.mesh
 
 

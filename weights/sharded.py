@@ -77,8 +77,9 @@ def save_sharded(path: str | os.PathLike, state: dict, group: dist.ProcessGroup,
                 (aside / "tensors").mkdir(parents=True)
                 save(aside / "state.pt", rest)
         with same_error(path, group):
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside / "tensors"),
-                     process_group=group)
+            # without copies ahead: these would wait for a stream of GPU 0, in each rank's thread
+            writer = dcp.FileSystemWriter(aside / "tensors", per_thread_copy_ahead=0)
+            dcp.save(tensors, storage_writer=writer, process_group=group)
         sums, names = {}, [f"tensors/{file.name}" for file in (aside / "tensors").glob(
             f"__{rank}_*")] + ["state.pt", "tensors/.metadata"] * (rank == 0)
         with same_error(path, group):

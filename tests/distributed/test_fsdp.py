@@ -1,4 +1,5 @@
 """distributed/fsdp.py: shards against DDP on the same ranks, initial values, memory, precision."""
+import re
 import weakref
 from functools import partial
 
@@ -223,6 +224,39 @@ def test_gradients_of_two_blocks_are_whole_at_one_time(cut_features, tmp_path):
     for peak, two_units, trunk in run_ranks(pending, tmp_path, cut_features):
         assert 0 < peak <= two_units if cut_features else peak > 0.9 * trunk, (
             f"{peak} of {trunk} bytes; two neighbours have {two_units}")
+
+
+class Order(TorchDispatchMode):
+    """Gathers (g), and backward passes of convolutions (c), in the order in which they come."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented
+        names = {"c10d._allgather_base_": "g", "aten.convolution_backward": "c"}
+        self.calls += names.get(str(function).rpartition(".")[0], "")
+        return function(*args, **kwargs or {})
+
+
+def order(rank):
+    """In a step over two crop sizes."""
+    model, wrapped = network(partial(method_of, SMALL, (24, 16)), True)
+    with Order() as order:
+        take_steps(model, wrapped, LARC(model.parameters(), 0.1), rank, 1)
+    return order.calls, 1 + len(model.trunk.blocks())
+
+
+@pytest.mark.long
+def test_the_next_block_is_gathered_ahead_in_backward_of_each_crop_size(tmp_path):
+    for calls, units in run_ranks(order, tmp_path):
+        assert calls.count("g") == 2 * len(SPECS) * units + 2    # the head has both sizes at once
+        convolutions = calls.count("c") // len(SPECS)
+        begin = [[*re.finditer("c", calls)][i * convolutions].start() for i in range(len(SPECS))]
+        # the stem, which is the trunk's own unit, the last block, and the one before it
+        assert [calls[i - 4:i] for i in begin] == ["gggg", "cggg"]
 
 
 # -------------------------------------------------------------------------------------- precision

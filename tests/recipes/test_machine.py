@@ -9,9 +9,10 @@ import torch
 
 import train
 from distributed.padding import PaddedBlock
+from methods.build import build_trunk
 from recipes import machine
 from recipes.command_line import configure
-from recipes.machine import PASSES, Variant, choose
+from recipes.machine import PASSES, Variant, choose, one_pass, prepared
 from regnet import ARCHS, RegNetParams
 from tests.helpers import SMALL, equal, run_ranks, write_pictures
 from weights.atomic import load
@@ -223,3 +224,32 @@ def test_on_a_gpu_the_losers_leave_no_memory():
     assert torch.cuda.memory_allocated() == before and "chosen" in text
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert None not in (config.channels_last, config.cudnn_benchmark) and not config.pad_widths
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shards_are_measured_at_full_depth_with_the_weights_of_two_blocks(monkeypatch,
+                                                                          checkpointing):
+    """Padded or not. Sharded weights are contiguous, whatever the layout of the crops."""
+    monkeypatch.setitem(ARCHS, "regnety_100mf", RegNetParams(6, 16, 8.0, 2.5, 5))
+    config = dataclasses.replace(config_of("regnety_100mf", 2, crops="2x32"), shard=True,
+                                 checkpoint_activations=checkpointing)
+    stages, counts = ARCHS["regnety_100mf"].stages(), []
+    for padded in (False, True):
+        trunk, (crops,), _ = prepared(config, CPU, Variant(True, padded, False))
+        assert [len(stage) for stage in trunk.trunk_output] == [stage.depth for stage in stages]
+        assert all(isinstance(block, PaddedBlock) == padded for block in trunk.blocks())
+        calls = []
+        for block in trunk.blocks():
+            block.register_forward_pre_hook(lambda *_: calls.append(None))
+        one_pass(trunk, [crops], CPU, torch.float32)
+        assert len(calls) == (1 + checkpointing) * len(trunk.blocks())
+        weights = [p for p in trunk.parameters() if p.dim() == 4]
+        assert all(p.is_contiguous() and p.grad is not None for p in weights)
+        assert crops.is_contiguous(memory_format=torch.channels_last)
+        counts.append(sum(p.numel() for p in weights))
+    with torch.device("meta"):
+        blocks = [block for stage in build_trunk("regnety_100mf").trunk_output
+                  for block in list(stage)[:2]]
+    stem = trunk.stem[0].weight.numel()
+    assert counts == 2 * [stem + sum(p.numel() for block in blocks for p in block.parameters()
+                                     if p.dim() == 4)]

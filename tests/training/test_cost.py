@@ -178,15 +178,17 @@ def test_memory_of_shards():
         other = cost.memory(of, whole, 2, True, 8, dtype)
         assert {*parts.items()} & {*other.items()} == {
             (name, parts[name]) for name in parts.keys() & other.keys()}
-        assert "weights, float32" not in parts and parts["padded weights of a block"] == 0
+        assert "weights, float32" not in parts and parts["padded weights"] == 0
 
 
 def test_odd_widths_are_padded_a_block_at_a_time():
     config, of = configure({"arch": "regnety_256gf", "shard": True}), cost_of("regnety_256gf")
     for pad_widths, checkpointing in ((None, True), (None, False), (False, True)):
         parts = cost.memory(of, replace(config, pad_widths=pad_widths), 2, checkpointing, 8)
-        assert parts["padded weights of a block"] == 2 * max(of.units) * (
+        assert parts["padded weights"] == 2 * max(of.units) * (
             pad_widths is None and checkpointing)
+    asked = cost.memory(of, replace(config, pad_widths=True), 2, False, 8)
+    assert asked["padded weights"] == 2 * sum(of.units[:-1]) * len(config.crops)    # kept by each
 
 
 def test_traffic_of_shards():

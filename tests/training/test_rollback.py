@@ -9,7 +9,7 @@ from data.images import open_images
 from methods.build import build_method
 from recipes.command_line import configure, parse_arguments
 from tests.helpers import SMALL, equal, log_of, run_ranks
-from training.rollback import Rollback
+from training.rollback import NotFinite, Rollback
 from training.run import Run
 from training.signals import Signals
 from weights.atomic import load
@@ -122,3 +122,9 @@ def test_undo_restores_what_a_forward_pass_changes():
     rollback.undo()
     assert equal(before, dict(method.named_buffers()))
     assert method.queue.filled == 0 and (method.queue.embeddings == 0).all()
+
+
+def test_the_last_good_checkpoint_of_a_sharded_run_is_named(tmp_path):
+    assert "no checkpoint was saved yet" in str(NotFinite("NaN", tmp_path))
+    (tmp_path / "checkpoint").mkdir()
+    assert f"was kept: --init {tmp_path / 'checkpoint'} with" in str(NotFinite("NaN", tmp_path))
