@@ -50,8 +50,9 @@ def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype,
     """The configuration with shard and shard_group, micro_batch and checkpoint_activations chosen,
     where they are open.
 
-    Activation checkpointing is chosen only where fewer than 16 images would fit otherwise. limit:
-    bytes a rank has.  of_node: ranks of a node. Raises ValueError where not one image fits.
+    Activation checkpointing is chosen only where fewer than 16 images would fit otherwise, and of a
+    sharded run, in which larger micro-batches save communication. limit: bytes a rank has.
+    of_node: ranks of a node. Raises ValueError where not one image fits.
     """
     if shard_ranks(config.shard_group, ranks, of_node) == 1:
         config = replace(config, shard=False)
@@ -64,7 +65,7 @@ def fit(config: Config, ranks: int, limit: float, dtype: torch.dtype,
     checkpointing = config.checkpoint_activations
     if checkpointing is None:
         wanted = config.micro_batch or min(16, config.batch_size // ranks)
-        checkpointing = most[False] < min(wanted, max(most[True], 1))
+        checkpointing = config.shard or most[False] < min(wanted, max(most[True], 1))
     micro_batch = config.micro_batch or most[checkpointing]
     if not micro_batch:
         need = sum(memory(counted, config, 1, checkpointing, ranks, dtype).values())
