@@ -103,8 +103,15 @@ class DemoScenes:
     def size(self, i: int) -> tuple[int, int]:
         return self.side, self.side
 
-    def target(self, i: int) -> dict:
-        return self[i][1]
+    def target(self, i: int, masks: bool = True) -> dict:
+        return self.scene(i, masks)[1]
+
+    def scene(self, i: int, masks: bool = True) -> tuple[Tensor, dict]:
+        """masks: whether the target has any."""
+        image, target = self[i]
+        if not masks:
+            del target["masks"]
+        return image, target
 
     def __getitem__(self, i: int) -> tuple[Tensor, dict]:
         rng = numpy.random.default_rng([self.seed, list(SPLITS).index(self.split), i, 1])
