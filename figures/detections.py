@@ -89,7 +89,7 @@ def _name(page: Image.Image, box: list[float], text: str, colour: tuple[int, int
     pen, width = ImageDraw.Draw(page), round(_font().getlength(text)) + 3
     x = max(0, min(round(box[0]), page.width - width))
     y = round(box[1]) - TALL if box[1] >= TALL else round(box[1])
-    pen.rectangle((x, y, x + width, y + TALL - 1), colour)
+    pen.rectangle((x, y, x + width - 1, y + TALL - 1), colour)
     pen.text((x + 2, y), text, "black", _font())
 
 
