@@ -17,10 +17,10 @@ Shapes: N images, n objects of an image, H and W its pixels. A box is x1, y1, x2
 """
 import copy
 import json
-import math
+import os
 from array import array
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Sequence
 
 import numpy
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from data.annotations import Annotations, read_coco, read_voc
 from data.images import Files
 from data.scenes import DemoScenes
 from data.stream import mix
@@ -153,38 +154,20 @@ def decode_masks(segmentations: Sequence, height: int, width: int) -> Tensor:
     return torch.from_numpy(tool.decode(rles)).permute(2, 0, 1).contiguous()
 
 
-class Thing(NamedTuple):
-    """An object as its file says."""
-    box: tuple[float, float, float, float]
-    category: int | str                  # COCO's id, VOC's name
-    crowd: bool
-    area: float = math.nan               # nan: that of the mask, or of the box
-    segmentation: list | dict | None = None
-
-
-class Entry(NamedTuple):
-    """An image as its file says."""
-    name: str                            # below the images' folder
-    number: int                          # its id
-    size: tuple[int, int]                # H, W
-    things: list[Thing]
-
-
 class Annotated:
     """A source of Scenes: images that are files, and their objects.
 
     All is kept in tensors, which worker processes share; masks as the file's JSON.
-    classes: of a Thing's category, its class' name, in order of the labels.  empty: the error where
-    there is no image.
+    root: the images' folder.  category_ids: of the classes.  Raises ValueError where no image is
+    left.
     """
     area_limits = 32 ** 2, 96 ** 2                      # COCO's
 
-    def __init__(self, root: Path, entries: Sequence[Entry], classes: dict, category_ids: list[int],
-                 left_out: list[str], empty: str):
-        self.files = Files(str(root), (entry.name.encode(errors="surrogateescape")
-                                       for entry in entries), empty)
+    def __init__(self, root: str | os.PathLike, annotations: Annotations, category_ids: list[int]):
+        entries, classes, self.left_out = annotations
+        self.files = Files(os.fspath(root), (os.fsencode(entry.name) for entry in entries),
+                           "no image is left: " + (self.left_out or ["none is listed"])[0])
         self.classes, self.category_ids = list(classes.values()), category_ids
-        self.left_out = left_out
         label = {category: k + 1 for k, category in enumerate(classes)}
         things = [thing for entry in entries for thing in entry.things]
         self.has_masks = bool(things) and all(thing.segmentation for thing in things)
@@ -233,5 +216,38 @@ class Annotated:
         return image, self.target(i, masks)
 
 
-def open_detection(data: str) -> tuple[Scenes, Scenes]:
-    return Scenes(DemoScenes("train")), Scenes(DemoScenes("val"))
+def open_detection(data: str, train: str = "", val: str = "",
+                   annotations: str = "annotations/instances_{split}.json"
+                   ) -> tuple[Scenes, Scenes]:
+    """A folder in COCO's layout, or Pascal VOC's -> train and val; "" for the built-in scenes.
+
+    train, val: COCO's folders of images, or VOC's lists; "": train2017 and val2017, or train and
+    val.  annotations: COCO's file of each, with {split} for the folder's name. Raises ValueError
+    where there is no such folder, where a file is not in its format, and where train and val differ
+    in COCO's categories.
+    """
+    if not data:
+        return Scenes(DemoScenes("train")), Scenes(DemoScenes("val"))
+    root = Path(data)
+    if (root / "ImageSets").is_dir():
+        parts = [read_voc(root, split) for split in (train or "train", val or "val")]
+        classes = {name: name for name in sorted({**parts[0].classes, **parts[1].classes})}
+        ids = list(range(1, len(classes) + 1))
+        return tuple(Scenes(Annotated(root / "JPEGImages", part._replace(classes=classes), ids))
+                     for part in parts)
+    if "{split}" not in annotations:
+        raise ValueError(f"{annotations} is the file of both train and val: name them with "
+                         "{split}, as in annotations/instances_{split}.json")
+    folders = [root / (train or "train2017"), root / (val or "val2017")]
+    files = [root / annotations.replace("{split}", folder.name) for folder in folders]
+    for path in (*files, *folders):
+        if not path.exists():
+            raise ValueError(f"there is no {path}: --data needs COCO's layout (train2017/, "
+                             "val2017/, annotations/instances_{train2017,val2017}.json) or Pascal "
+                             "VOC's (JPEGImages/, Annotations/, ImageSets/Main/{train,val}.txt)")
+    parts = [read_coco(path, folder) for path, folder in zip(files, folders)]
+    if parts[0].classes != parts[1].classes:
+        odd = sorted({*parts[0].classes.items()} ^ {*parts[1].classes.items()})
+        raise ValueError(f"{files[0]} and {files[1]} differ in their categories: {odd[:3]}")
+    return tuple(Scenes(Annotated(folder, part, list(part.classes)))
+                 for folder, part in zip(folders, parts))
