@@ -68,7 +68,8 @@ def average_precision(truth: dict, results: list[dict], kind: str,
         coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        detected = coco.loadRes(results) if results else COCO()
+        # it writes into what it is given
+        detected = coco.loadRes([dict(one) for one in results]) if results else COCO()
         if not results:
             detected.dataset = truth | {"annotations": []}
             detected.createIndex()

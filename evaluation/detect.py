@@ -82,7 +82,7 @@ SMALL_SIDE = 320            # pixels: a short side below it is of small images
 def choose_recipe(count: int, side: int) -> Recipe:
     """SEER's for 20,000 images or more. For fewer, the small one:
 
-    - 6 epochs in batches of 8, and at least 500 steps, for few images are seen often; 5 times
+    - 6 epochs in batches of 8, and at least 500 steps, for few images are seen often; 4 times
       measured;
     - images at the size they have, not enlarged: small ones, below 320 pixels, would be 16 times as
       many pixels, and at most SEER's 800;
@@ -94,7 +94,7 @@ def choose_recipe(count: int, side: int) -> Recipe:
     if count >= LARGE:
         return SEER
     side = min(side, max(SEER.sides))
-    recipe = SEER._replace(steps=max(500, round(6 * count / 8)), batch_size=8, times=5,
+    recipe = SEER._replace(steps=max(500, round(6 * count / 8)), batch_size=8, times=4,
                            sides=(side,), longest=round(side * 5 / 3))
     if side < SMALL_SIDE:
         recipe = recipe._replace(width=64, anchor=4, proposals=256, samples=64)

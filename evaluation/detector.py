@@ -13,7 +13,8 @@ Differs from torchvision:
   ones. It seeds torch's own generator.
 - Its losses are means over all anchors or proposals chosen in a batch, and DDP averages gradients
   over ranks. A rank's losses are weighted by its share of what is chosen on all of them, so that
-  they are those of the joined batch.
+  they are those of the joined batch. (Where images differ in size, each rank pads its own to the
+  largest of them.)
 - BatchNorm in the pyramid, by default, as in SEER's; trained like all others.
 
 Shapes: B images, each (3, H, W) of its own size, from 0 to 1; n objects of an image.
