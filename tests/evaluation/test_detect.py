@@ -1,20 +1,23 @@
 """evaluation/detect.py: input, recipes, training, resuming, and the command line."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torchvision.ops import masks_to_boxes
 
+import evaluate
 from data.detection import Scenes
 from data.scenes import DemoScenes
 from data.stream import Positions, Stream
 from evaluation import supervised
-from evaluation.detect import SEER, choose_recipe, collate, fit, measure, prepare
+from evaluation.detect import SEER, change_recipe, choose_recipe, collate, fit, measure, prepare
 from evaluation.detector import Detector
 from evaluation.supervised import save
 from methods.build import build_trunk
 from tests.evaluation.conftest import RANDOM
+from tests.helpers import run_ranks
 from weights.atomic import load
 
 TINY = SEER._replace(steps=4, batch_size=2, times=2, sides=(48,), longest=80, width=16, anchor=4,
@@ -77,6 +80,18 @@ def test_the_recipe_for_small_sets():
     assert (scenes.steps, few.steps, photos.steps) == (1500, 500, 600)
     assert (scenes.width, scenes.anchor, scenes.sides) == (64, 4, (160,))
     assert (photos.width, photos.anchor, photos.sides) == (256, 8, (375,))
+
+
+def test_flags_change_the_recipe():
+    def changed(*flags, count=1000):
+        parsed = evaluate.parse(["detect", *RANDOM, *flags])
+        return change_recipe(SEER, parsed, count)
+
+    assert changed() == SEER
+    recipe = changed("--epochs=4", "--batch-size=8", "--lr=0.1", "--size=480")
+    assert (recipe.steps, recipe.batch_size, recipe.lr) == (500, 8, 0.1)
+    assert (recipe.sides, recipe.longest) == ((480,), 800)
+    assert (changed("--steps=3").steps, changed("--steps=3").times) == (3, 3)
 
 
 def test_flips_move_boxes_and_masks_alike():
@@ -146,12 +161,13 @@ def test_train_measure_and_show(tmp_path, command, refused):
 
 @pytest.mark.long
 def test_what_goes_on_ends_as_the_whole(tmp_path, monkeypatch):
-    """Killed after its first checkpoint; boxes alone, some of the labels, broken images."""
+    """Killed after its first checkpoint; then with activation checkpointing. Boxes alone, some of
+    the labels, broken images."""
     train = damaged("train", 12, {3}).share("0.5").without_masks()
     val = damaged("val", 4, {1}).without_masks()
 
-    def run(out):
-        return fit(tiny(masks=False), train, val, TINY._replace(steps=6), tmp_path / out)
+    def run(out, **more):
+        return fit(tiny(masks=False), train, val, TINY._replace(steps=6), tmp_path / out, **more)
 
     def save_once(path, state):
         save(path, state)
@@ -163,7 +179,7 @@ def test_what_goes_on_ends_as_the_whole(tmp_path, monkeypatch):
         patch.setattr(supervised, "save", save_once)
         run("parts")
     assert load(tmp_path / "parts" / "checkpoint.pt")["step"] == 3
-    parts = run("parts")
+    parts = run("parts", checkpoint_activations=True)
     assert (parts.metrics, parts.best, parts.faults) == (whole.metrics, whole.best, whole.faults)
     for name in ("last.pt", "best.pt"):
         tensors, expected = load(tmp_path / "parts" / name), load(tmp_path / "whole" / name)
@@ -185,6 +201,23 @@ def test_the_order_is_that_of_positions():
         images = first[0] + second[0]
         assert all(map(torch.equal, whole[0], images)) and len(images) == 4
         assert whole[2] == first[2] + second[2] and len({*whole[2]}) == 4
+
+
+def measured(rank, out):
+    """Five images, of which one cannot be read."""
+    return measure(tiny(), damaged("val", 5, {1}), "cpu", out=Path(out))
+
+
+@pytest.mark.long
+def test_two_ranks_measure_as_one(tmp_path):
+    for out in ("one", "two"):
+        (tmp_path / out).mkdir()
+    alone = measured(0, tmp_path / "one")
+    assert run_ranks(measured, tmp_path, str(tmp_path / "two")) == [alone, alone]
+    for name in ("bbox", "segm"):
+        one, two = (json.loads((tmp_path / out / f"predictions-{name}.json").read_text())
+                    for out in ("one", "two"))
+        assert one == two and len({row["image_id"] for row in one}) == 4
 
 
 @pytest.mark.long
