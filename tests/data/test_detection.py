@@ -200,6 +200,12 @@ def test_boxes_alone(tmp_path):
     assert "segmentation" not in val.as_coco()["annotations"][0]
 
 
+def test_an_area_that_the_file_lacks_is_the_masks(tmp_path, masks):
+    val = open_val(tmp_path, annotations=[ANNOTATIONS[2] | {"area": None}, ANNOTATIONS[3]])
+    assert val.target(0)["area"].tolist() == [blob().sum()] and val.target(1)["area"] == 280
+    assert val.without_masks().target(0)["area"].tolist() == [20 * 15]
+
+
 def test_what_is_broken_is_left_out_and_named(tmp_path):
     boxes = {"has no area": [5, 5, 0, 3], "not finite": [5, float("nan"), 2, 2],
              "outside the image of 60 x 40": [70, 5, 10, 10], "not four numbers": [1, 2, 3]}
@@ -215,7 +221,7 @@ def test_what_is_broken_is_left_out_and_named(tmp_path):
     write_coco(tmp_path, annotations=[*ANNOTATIONS, *bad])
     (tmp_path / "val2017" / f"{40:012}.png").unlink()
     val = open_detection(str(tmp_path))[1]
-    assert len(val) == 2 and len(val.target(0)["boxes"] if not val.has_masks else [1] * 3) == 3
+    assert len(val) == 2 and len(val.without_masks().target(0)["boxes"]) == 3
     assert len(val.left_out) == 10
     for k, (line, reason) in enumerate(zip(val.left_out, reasons)):
         assert line.startswith(f"annotation {100 + k}: ") and reason in line
@@ -343,6 +349,7 @@ def test_parts_and_shares_of_the_built_in_scenes():
     assert (len(train), len(val)) == (2000, 300) and len(train.classes) == 12
     one, ten = train.share("0.01"), train.share("0.1")
     assert (len(one), len(ten)) == (20, 200) and {*one.indices} < {*ten.indices}
+    assert min(one.indices) < 500 < 1500 < max(one.indices)
     assert one.indices == train.share("0.01").indices and len(train.share("0.00001")) == 1
     assert len(train.share("1")) == 2000
     assert ten.subset([5, 3]).name(1) == ten.name(3) == train.name(ten.indices[3])

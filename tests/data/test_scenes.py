@@ -43,7 +43,11 @@ def test_boxes_are_those_of_the_masks_which_share_no_pixel(count):
 
 def test_a_mask_is_where_its_thing_is_seen(monkeypatch):
     """A black background and things of known colours: what is painted tells what is seen."""
-    monkeypatch.setattr(module, "background", lambda rng, side, unit: Image.new("RGB", (side,) * 2))
+    def black(rng, side, unit):
+        assert side / unit == SIZE / 64                  # the demo's images have 64 pixels
+        return Image.new("RGB", (side, side))
+
+    monkeypatch.setattr(module, "background", black)
     monkeypatch.setattr(module, "THING", (200, 201))
     for seed in range(8):
         image, target = draw(numpy.random.default_rng(seed), SIZE)
@@ -59,7 +63,7 @@ def polygon(z):
 
 def test_things_are_arranged_as_by_a_naive_version():
     """One mask a thing, all of them seen anew for each thing that is tried."""
-    refused, touching, seeds = 0, 0, 30
+    refused, touching, seeds = 0, 0, 100
     for seed in range(seeds):
         shown, kinds = arrange(numpy.random.default_rng(seed), SIZE)
         rng, placed = numpy.random.default_rng(seed), []
