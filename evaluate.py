@@ -103,7 +103,8 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
                        "--labels is given")
     group.add_argument("--epochs", type=number_in(float, 0.001, 100_000))
     group.add_argument("--batch-size", type=number_in(int, 2, 8192))
-    group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch")
+    group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch; "
+                       "detect: per 16")
     group.add_argument("--area", type=share, help="least share of an image's area in a crop")
     group.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS), help="bf16: "
                        "of features too, with half the memory; else these are fp32")

@@ -222,8 +222,9 @@ def test_two_ranks_measure_as_one(tmp_path):
 
 @pytest.mark.long
 def test_eight_images_are_learned(tmp_path):
-    """AP of boxes and masks above 90 on the images that it was trained with."""
+    """On the images that it was trained with. Their true masks, through torchvision's 28 x 28
+    pixels, have an AP of 70, so AP50 is looked at."""
     few = Scenes(DemoScenes(count=8))
     recipe = choose_recipe(8, 160)._replace(steps=400, times=1)
     training = fit(tiny(recipe), few, few, recipe, tmp_path)
-    assert training.metrics["box"]["AP"] > 90 and training.metrics["mask"]["AP"] > 90
+    assert training.metrics["box"]["AP"] > 90 and training.metrics["mask"]["AP50"] > 90
