@@ -5,6 +5,7 @@
     python evaluate.py lowshot seer_regnety_32gf --data flowers/         # flowers/val/CLASS/*.jpg
     torchrun --nproc_per_node 8 evaluate.py finetune runs/mine --data flowers/ --labels 0.1
     python evaluate.py classify runs/finetuned --data flowers/val
+    python evaluate.py detect runs/mine --data coco/                     # or Pascal VOC's layout
     python evaluate.py features runs/mine --data photos/ --out features.npy
     python evaluate.py clusters runs/mine --data photos/ --out clusters.csv --sheet sheet.png
 
@@ -16,6 +17,8 @@ knn: votes of the nearest training images, for each of several k and temperature
 linear: logistic regression on frozen features at each of several depths, or with --sgd VISSL's
 recipe.  lowshot: linear SVMs on k images a class, drawn several times.
 finetune: the whole network, on all labels or some.  classify: what that gave, or an official one.
+detect: Mask R-CNN on the trunk, trained and measured; a trained one is measured, or with --show
+draws what it finds.
 features: of every image, to a memory-mapped file.  clusters: each image's nearest prototype.
 
 Each protocol is a file of evaluation/.
@@ -28,7 +31,7 @@ from collections.abc import Callable
 
 from distributed.hardware import PRECISIONS, pick_device
 from distributed.ranks import PATIENCE, init_process_group, is_main, leave_together
-from evaluation import export, finetune, knn, linear, lowshot
+from evaluation import detect, export, finetune, knn, linear, lowshot
 from evaluation.lowshot import SHOTS
 from evaluation.supervised import RECIPES
 from evaluation.task import EvalTask, open_task
@@ -39,7 +42,7 @@ from weights.terminal import Text, number_in, one_sentence, reason
 
 PROTOCOLS = {"knn": knn.run, "linear": linear.run, "lowshot": lowshot.run, "finetune": finetune.run,
              "classify": finetune.run_classify, "features": export.run_features,
-             "clusters": export.run_clusters}
+             "clusters": export.run_clusters, "detect": detect.run}
 
 
 def several(kind: Callable) -> Callable:
@@ -100,12 +103,25 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
                        "--labels is given")
     group.add_argument("--epochs", type=number_in(float, 0.001, 100_000))
     group.add_argument("--batch-size", type=number_in(int, 2, 8192))
-    group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch")
+    group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch; "
+                       "detect: per 16")
     group.add_argument("--area", type=share, help="least share of an image's area in a crop")
     group.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS), help="bf16: "
                        "of features too, with half the memory; else these are fp32")
     group.add_argument("--shard", action="store_true", help="finetune by torchrun: each rank keeps "
                        "a part of the weights, as for 10 billion; with activation checkpointing")
+    group = parser.add_argument_group("detect, with those of finetune but --recipe and --area")
+    group.add_argument("--train", action=Text, default="", help="COCO's folder of images, VOC's "
+                       "list; none: train2017, or train")
+    group.add_argument("--val", action=Text, default="", help="none: val2017, or val")
+    group.add_argument("--annotations", action=Text, help="COCO's files, {split} for the folder's "
+                       "name", default="annotations/instances_{split}.json")
+    group.add_argument("--boxes-only", action="store_true", help="no masks: Faster R-CNN")
+    group.add_argument("--steps", type=number_in(int, 1, 10_000_000), help="in place of --epochs")
+    group.add_argument("--checkpoint-activations", action="store_true", help="of each block: less "
+                       "memory, a third more time")
+    group.add_argument("--show", action=Text, default="", help="draw what a trained detector finds "
+                       "in the images of --data, into this folder, with detections.json")
     parser.add_argument("--classes", action=Text, default="",
                         help="classify: file of all class names, in order")
     group = parser.add_argument_group("pictures to look at")

@@ -78,17 +78,25 @@ def _outlines() -> dict[str, numpy.ndarray]:
 OUTLINES = _outlines()
 
 
+def background(rng: numpy.random.Generator, side: int, unit: int) -> Image.Image:
+    """A coloured cloud and stray lines, an RGB image. unit: side of the square that they fit: a
+    larger image has more of them, not larger ones."""
+    cells, lines = round(4 * side / unit) + 1, round(CLUTTER * (side / unit) ** 2)
+    cloud = rng.integers(*BACKGROUND, (cells, cells, 3), dtype=numpy.uint8)
+    image = Image.fromarray(cloud).resize((side, side), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    start = rng.random((lines, 2)) * side
+    ends = numpy.concatenate([start, start + rng.normal(0, unit / 6, start.shape)], 1)
+    for line, colour in zip(ends.tolist(), rng.integers(0, 256, (lines, 3)).tolist()):
+        draw.line(line, fill=tuple(colour), width=unit // 40)
+    return image
+
+
 def picture(outline: numpy.ndarray, rng: numpy.random.Generator, size: int) -> Image.Image:
     """Things of one outline, scattered over a cluttered background -> an RGB image."""
     side = 2 * size                        # drawn at twice the size, then halved: smooth edges
-    cloud = rng.integers(*BACKGROUND, (5, 5, 3), dtype=numpy.uint8)
-    image = Image.fromarray(cloud).resize((side, side), Image.Resampling.BICUBIC)
+    image = background(rng, side, side)
     draw = ImageDraw.Draw(image)
-
-    start = rng.random((CLUTTER, 2)) * side
-    lines = numpy.concatenate([start, start + rng.normal(0, side / 6, start.shape)], 1)
-    for line, colour in zip(lines.tolist(), rng.integers(0, 256, (CLUTTER, 3)).tolist()):
-        draw.line(line, fill=tuple(colour), width=side // 40)
 
     # a grid that overhangs the image, shifted as a whole, each thing moved, sized and turned
     cell, count = side / GRID, (GRID + 1) ** 2

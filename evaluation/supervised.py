@@ -14,6 +14,7 @@ Shapes: B images of a batch, K classes.
 """
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,30 +134,38 @@ class Training:
     step: steps done.  last, best: per cent of val, of each output of the model.  counted: images of
     val that could be read.
     """
+    STATE = ("step", "last", "best", "counted")         # of a checkpoint
+    nesterov = True
 
-    def __init__(self, model: nn.Module, recipe: Recipe, multilabel: bool, device: torch.device,
-                 dtype: torch.dtype, shard: bool = False):
-        """shard: weights in shards, with activation checkpointing (distributed/fsdp.py); a unit at
-        a time comes to the device."""
+    def __init__(self, model: nn.Module, recipe, multilabel: bool, device: torch.device,
+                 dtype: torch.dtype, shard: bool = False, **wrapping):
+        """recipe: with lr, momentum and weight_decay.  shard: weights in shards, with activation
+        checkpointing (distributed/fsdp.py); a unit at a time comes to the device.  wrapping: more
+        options of wrap."""
         self.model, self.device, self.dtype = model if shard else model.to(device), device, dtype
         self.group = dist.new_group(backend="gloo") if shard else None
-        self.wrapped = wrap(model, device, checkpoint_activations=shard, dtype=dtype,
-                            mesh=shard_mesh(device, 0) if shard else None)
+        self.wrapped = wrap(model, device, dtype=dtype,
+                            mesh=shard_mesh(device, 0) if shard else None,
+                            **{"checkpoint_activations": shard} | wrapping)
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, recipe.lr, recipe.momentum, nesterov=True,
-                                         weight_decay=recipe.weight_decay)
+        self.optimizer = torch.optim.SGD(trained, recipe.lr, recipe.momentum,
+                                         weight_decay=recipe.weight_decay, nesterov=self.nesterov)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.criterion = F.binary_cross_entropy_with_logits if multilabel else F.cross_entropy
         self.step, self.last, self.best, self.counted = 0, None, None, 0
 
-    def update(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
-        """One step of SGD; the loss, summed over the outputs."""
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Of a batch, summed over the outputs."""
+        with autocast(self.device, self.dtype):
+            outputs = self.wrapped(images.to(memory_format=layout(self.device)))
+        return sum(self.criterion(scores.float(), labels) for scores in outputs)
+
+    def update(self, lr: float, *batch) -> Tensor:
+        """One step of SGD; the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        with autocast(self.device, self.dtype):
-            outputs = self.wrapped(images.to(memory_format=layout(self.device)))
-        loss = sum(self.criterion(scores.float(), labels) for scores in outputs)
+        loss = self.loss(*batch)
         _, world = rank_and_world()
         self.optimizer.zero_grad(set_to_none=world == 1)        # DDP's are its buckets: they stay
         backward(self.wrapped, self.scaler.scale(loss), last=True)
@@ -164,20 +173,48 @@ class Training:
         self.scaler.update()
         return loss.detach()
 
+    def train(self, batches: Iterable, steps: int, times: int, lr_at: Callable[[int], float],
+              measure: Callable[[int], None], out: Path, settings: dict) -> None:
+        """The steps that are left: measured and saved `times` a run.  batches: of these steps."""
+        measured = {round(steps * (i + 1) / times) for i in range(times)}
+        left, average = range(self.step, steps), None           # average: of the loss
+        bar = tqdm(left, initial=left.start, total=steps, unit="step",
+                   disable=not is_main() or not sys.stderr.isatty())
+        for step, batch in zip(bar, batches):
+            loss = self.update(lr_at(step), *batch)
+            average = loss if average is None else 0.95 * average + 0.05 * loss
+            if step + 1 not in measured:
+                continue
+            if not average.isfinite():          # note: a sync point
+                raise ValueError(f"the loss is not finite at step {step + 1}: try a lower --lr")
+            self.share_buffers()
+            measure(step + 1)
+            if is_main():
+                tqdm.write(f"step {step + 1}/{steps}  loss {average.item():.3f}  val "
+                           + "  ".join(f"{x:.2f}" for x in self.last), file=sys.stderr)
+            self.save(out, settings)
+            barrier()
+
     def measure(self, step: int, val: Labelled, preprocessing: Preprocessing, workers: int) -> None:
-        """On val, after a step. All ranks measure the network that rank 0 saves."""
+        """On val, after a step."""
+        last, counted = measure(self.model, val, preprocessing, self.device, workers)
+        self.reached(step, last, counted)
+
+    def share_buffers(self) -> None:
+        """All ranks measure the network that rank 0 saves."""
         if dist.is_initialized():           # running statistics are each rank's own until here
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
-        self.step = step
-        self.last, self.counted = measure(self.model, val, preprocessing, self.device, workers)
-        self.best = [max(pair) for pair in zip(self.last, self.best or self.last)]
+
+    def reached(self, step: int, last: list[float], counted: int) -> None:
+        self.step, self.last, self.counted = step, last, counted
+        self.best = [max(pair) for pair in zip(last, self.best or last)]
 
     def save(self, out: Path, settings: dict) -> None:
         """The checkpoint first: no product is without it. Of a sharded model a collective."""
-        state = {"version": VERSION, "settings": settings, "step": self.step, "best": self.best,
-                 "last": self.last, "counted": self.counted, "model": self.model.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state = {"version": VERSION, "settings": settings, "model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                 **{name: getattr(self, name) for name in self.STATE}}
         path, before = out / "checkpoint.pt", checkpoints(out)
         if self.group:
             path = out / f"checkpoint-{self.step:09d}"
@@ -196,6 +233,16 @@ class Training:
         if max(self.last) == max(self.best):
             save(checkpoint.parent / "best.pt", tensors)
         save(checkpoint.parent / "last.pt", tensors)
+
+    def begin(self, out: Path, settings: dict, preprocessing: Preprocessing) -> None:
+        """Go on from OUT's checkpoint, where there is one, and write its config.json, which has the
+        settings, and mean and std. Raises ValueError as `resume`."""
+        text = {name: ",".join(map(str, x)) for name, x in preprocessing.normalisation.items()}
+        notes = json.dumps({"config": settings | text}, indent=1) + "\n"
+        self.resume(out, settings, notes)
+        if is_main():
+            out.mkdir(parents=True, exist_ok=True)
+            write_whole(out / "config.json", notes)
 
     def resume(self, out: Path, settings: dict, notes: str) -> None:
         """Go on from OUT's checkpoint, where there is one. notes: of config.json. Raises
@@ -222,8 +269,8 @@ class Training:
         restore(self.model, self.optimizer, state, path,
                 dist.group.WORLD if dist.is_initialized() else None)
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.last, self.best, self.counted = (
-            state[name] for name in ("step", "last", "best", "counted"))
+        for name in self.STATE:
+            setattr(self, name, state[name])
         if is_main():                   # they may have been lost
             self.save_products(path)
 
@@ -254,36 +301,15 @@ def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: P
                 "pictures": len(train.images), "val": len(val.images), "classes": train.classes,
                 **(about or {})}
     training = Training(model, recipe, train.multilabel, device, dtype, shard)
-    text = {name: ",".join(map(str, x)) for name, x in preprocessing.normalisation.items()}
-    notes = json.dumps({"config": settings | text}, indent=1) + "\n"
-    training.resume(out, settings, notes)
-    if is_main():
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "config.json", notes)
-
-    times = min(MEASURED, max(1, round(recipe.epochs)))
-    measured = {round(steps * (i + 1) / times) for i in range(times)}
-    left = range(training.step, steps)
-    loader = open_loader(train, recipe, preprocessing.size, seed, left, device, workers)
+    training.begin(out, settings, preprocessing)
+    loader = open_loader(train, recipe, preprocessing.size, seed, range(training.step, steps),
+                         device, workers)
     photometric = Photometric(**preprocessing.normalisation).to(device)
-    bar = tqdm(left, initial=left.start, total=steps, unit="step",
-               disable=not is_main() or not sys.stderr.isatty())
-    average = None                          # of the loss
-    for step, (crops, (params, labels), _) in zip(bar, loader):
-        images = photometric(crops[0].to(device, non_blocking=True), params)
-        loss = training.update(images, labels.to(device, non_blocking=True),
-                               recipe.lr_at(step / steps * recipe.epochs))
-        average = loss if average is None else 0.95 * average + 0.05 * loss
-        if step + 1 not in measured:
-            continue
-        if not average.isfinite():          # note: a sync point
-            raise ValueError(f"the loss is not finite at step {step + 1}: try a lower --lr")
-        training.measure(step + 1, val, preprocessing, workers)
-        if is_main():
-            tqdm.write(f"step {step + 1}/{steps}  loss {average.item():.3f}  val "
-                       + "  ".join(f"{x:.2f}" for x in training.last), file=sys.stderr)
-        training.save(out, settings)
-        barrier()
+    batches = ((photometric(crops[0].to(device, non_blocking=True), params),
+                labels.to(device, non_blocking=True)) for crops, (params, labels), _ in loader)
+    training.train(batches, steps, min(MEASURED, max(1, round(recipe.epochs))),
+                   lambda step: recipe.lr_at(step / steps * recipe.epochs),
+                   lambda step: training.measure(step, val, preprocessing, workers), out, settings)
     return training.last, training.best, training.counted
 
 

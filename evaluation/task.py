@@ -35,7 +35,8 @@ from weights.sharded import SUMS, is_sharded
 TILE = 96                                # pixels of an image in a sheet
 PRODUCTS = ("trunk.pt", "best.pt", "last.pt")        # their configuration is in config.json
 # of a run's folder; else trunk.pt
-FILES = {"clusters": ["checkpoint.pt", "checkpoint"], "classify": ["best.pt"]}
+FILES = {"clusters": ["checkpoint.pt", "checkpoint"], "classify": ["best.pt"],
+         "detect": ["trunk.pt", "best.pt"]}
 
 
 def load_trunk(source: str, arch: str = "",

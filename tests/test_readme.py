@@ -48,10 +48,11 @@ def checkout(tmp_path_factory):
         if room.parent.name != "tests":
             shutil.copytree(room.parent, folder / room.parent.name,
                             ignore=shutil.ignore_patterns("__pycache__"))
-    demo = (folder / "data" / "demo.py").read_text()            # fewer images, the same in all else
-    assert demo.count('SPLITS = {"train": 4096, "val": 1024}') == 1
-    (folder / "data" / "demo.py").write_text(
-        demo.replace('"train": 4096, "val": 1024', '"train": 240, "val": 96'))
+    for name, many, few in (("demo", '"train": 4096, "val": 1024', '"train": 240, "val": 96'),
+                            ("scenes", '"train": 2000, "val": 300', '"train": 200, "val": 4')):
+        path = folder / "data" / f"{name}.py"           # fewer images, the same in all else
+        assert path.read_text().count(f"SPLITS = {{{many}}}") == 1
+        path.write_text(path.read_text().replace(many, few))
     write_pictures(folder / "photos", 12)
     for split in ("train", "val"):
         for name in ("rose", "tulip"):
@@ -75,6 +76,7 @@ def run(folder, line):
         words += [w for name, extra in SHORT.items() if name in line for w in extra]
     if "evaluate.py" in words:
         words += ["--workers", "0"] + ["--epochs", "2"] * ("finetune" in words)
+        words += ["--steps", "2"] * ("detect" in words)
     result = subprocess.run(launcher + words, cwd=folder, capture_output=True, text=True,
                             timeout=300, env=environment(PYTHONPATH=""))
     assert result.returncode == 0, result.stderr

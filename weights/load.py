@@ -4,10 +4,10 @@
     load_weights(swav, "runs/mine/checkpoint.pt")           # trunk, head and prototypes
     describe(loaded.tensors)                                # "regnety_128gf"
 
-A file's parts are the trunk, the head and prototypes of SwAV, and fc, a classifier. The model takes
-the parts that it has; what is returned names the others. Loading succeeds as a whole or leaves the
-model as it was: a ValueError then names tensors that are missing, unexpected, of another shape or
-type, or not finite.
+A file's parts are the trunk, the head and prototypes of SwAV, fc, a classifier, and detector, the
+rest of one. The model takes the parts that it has; what is returned names the others. Loading
+succeeds as a whole or leaves the model as it was: a ValueError then names tensors that are missing,
+unexpected, of another shape or type, or not finite.
 
 Needs torch; to name the arch of a file also regnet.py. The licences of official files are in
 weights/official.py.
@@ -59,7 +59,7 @@ def load_weights(model: nn.Module, source, trust: bool = False, quiet: bool = Fa
 
 
 def _part(name: str) -> str:
-    match = re.match(r"(head|prototypes|fc)s?\.", name)
+    match = re.match(r"(head|prototypes|fc|detector)s?\.", name)
     return match[1] if match else "trunk"
 
 
