@@ -1,4 +1,5 @@
 """evaluation/detect.py: input, recipes, training, resuming, and the command line."""
+import importlib.util
 import json
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from tests.evaluation.conftest import RANDOM
 from tests.helpers import run_ranks
 from weights.atomic import load
 
+needs_tool = pytest.mark.skipif(importlib.util.find_spec("faster_coco_eval") is None,
+                                reason="pip install faster-coco-eval")
 TINY = SEER._replace(steps=4, batch_size=2, times=2, sides=(48,), longest=80, width=16, anchor=4,
                      proposals=32, samples=16)
 
@@ -109,6 +112,7 @@ def test_flips_move_boxes_and_masks_alike():
     assert seen == {True, False}
 
 
+@needs_tool
 def test_broken_images_are_counted(tmp_path):
     """Of training ones the names; of val the number, and AP is of the others."""
     train, val = damaged("train", 6, {1, 4}), damaged("val", 5, {2})
@@ -123,6 +127,7 @@ def test_broken_images_are_counted(tmp_path):
         measure(training.model, val.subset([2]), "cpu")
 
 
+@needs_tool
 def test_detect(tmp_path, command):
     """The command line, with boxes alone."""
     folder = write_scenes(tmp_path / "scenes", train=3, val=1)
@@ -133,6 +138,7 @@ def test_detect(tmp_path, command):
     assert "mask" not in result and "rcnn" not in "".join(load(tmp_path / "out" / "best.pt"))
 
 
+@needs_tool
 @pytest.mark.long
 def test_train_measure_and_show(tmp_path, command, refused):
     """On a set in COCO's layout; what is trained is measured again, and shown."""
@@ -159,6 +165,7 @@ def test_train_measure_and_show(tmp_path, command, refused):
     assert "holds no detector" in refused("detect", *RANDOM, *map(str, show[2:]))
 
 
+@needs_tool
 @pytest.mark.long
 def test_what_goes_on_ends_as_the_whole(tmp_path, monkeypatch):
     """Killed after its first checkpoint; then with activation checkpointing. Boxes alone, some of
@@ -208,6 +215,7 @@ def measured(rank, out):
     return measure(tiny(), damaged("val", 5, {1}), "cpu", out=Path(out))
 
 
+@needs_tool
 @pytest.mark.long
 def test_two_ranks_measure_as_one(tmp_path):
     for out in ("one", "two"):
@@ -220,6 +228,7 @@ def test_two_ranks_measure_as_one(tmp_path):
         assert one == two and len({row["image_id"] for row in one}) == 4
 
 
+@needs_tool
 @pytest.mark.long
 def test_eight_images_are_learned(tmp_path):
     """On the images that it was trained with. Their true masks, through torchvision's 28 x 28
