@@ -84,7 +84,7 @@ LONGEST = 1333 / 800        # of the long side to the short one, as SEER's
 def choose_recipe(count: int, side: int) -> Recipe:
     """SEER's for 20,000 images or more; for fewer a small one:
 
-    - 6 epochs in batches of 8, at least 500 steps, at twice the rate for its batch: short runs need
+    - 4 epochs in batches of 8, at least 500 steps, at twice the rate for its batch: short runs need
       it. Measured 4 times.
     - Images keep their size, up to a short side of 800 pixels.
     - Where that is below 320 pixels, the network is smaller too (64 channels, 256 proposals, 64
@@ -96,7 +96,7 @@ def choose_recipe(count: int, side: int) -> Recipe:
     if count >= LARGE:
         return SEER
     side = min(side, max(SEER.sides))
-    recipe = SEER._replace(steps=max(500, round(6 * count / 8)), batch_size=8, lr=0.04, times=4,
+    recipe = SEER._replace(steps=max(500, round(4 * count / 8)), batch_size=8, lr=0.04, times=4,
                            sides=(side,), longest=round(side * LONGEST))
     if side < SMALL_SIDE:
         recipe = recipe._replace(width=64, anchor=4, proposals=256, samples=64)
