@@ -229,7 +229,7 @@ def test_two_ranks_measure_as_one(tmp_path):
 
 
 @needs_tool
-@pytest.mark.long
+@pytest.mark.measured
 def test_eight_images_are_learned(tmp_path):
     """On the images that it was trained with. Their true masks, through torchvision's 28 x 28
     pixels, have an AP of 70, so AP50 is looked at."""
