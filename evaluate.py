@@ -151,7 +151,8 @@ def report(task: EvalTask, result: dict) -> None:
     line = json.dumps({
         "protocol": options.what, "checkpoint": options.checkpoint, "sha256": task.digest(),
         "data": options.data or "demo", **task.preprocessing.geometry, "seed": options.seed,
-        "arch": options.arch or task.config.get("arch", ""), **result})
+        "arch": options.arch or task.config.get("arch", ""),
+        **({} if options.precision == "auto" else {"precision": options.precision}), **result})
     if task.loaded:
         results = task.loaded.path.parent / "results.jsonl"
         try:

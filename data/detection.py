@@ -30,6 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from data.annotations import Annotations, read_coco, read_voc
 from data.images import Files
+from data.labelled import read_share
 from data.scenes import DemoScenes
 from data.stream import mix
 from multicrop import BadImage, decode
@@ -92,12 +93,7 @@ class Scenes(Dataset):
 
         labels: the share, as "0.01". Raises ValueError where it is none.
         """
-        try:
-            share = float(labels)
-            if not 0 < share <= 1:
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"--labels {labels} is no share of the images, as 0.01") from None
+        share = read_share(labels, "no share of the images, as 0.01")
         order = sorted(range(len(self)), key=lambda i: mix(i, 0))
         return self.subset(sorted(order[:max(1, round(share * len(self)))]))
 

@@ -134,3 +134,15 @@ def open_splits(data: str) -> tuple[Labelled, Labelled]:
         raise ValueError(f"train and val of {data} differ in their classes: {odd[:5]}")
     multilabel = train.multilabel or val.multilabel
     return train._replace(multilabel=multilabel), val._replace(multilabel=multilabel)
+
+
+def read_share(labels: str, else_it_is: str) -> float:
+    """--labels: a share of what there is, above 0 and at most 1. Raises ValueError, with these
+    words, for anything else."""
+    try:
+        share = float(labels)
+        if not 0 < share <= 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--labels {labels} is {else_it_is}") from None
+    return share

@@ -130,11 +130,13 @@ def clusters(model: SwAV, crops: CenterCrops, out: Path, temperature: float = 0.
 
 def run_features(task: EvalTask) -> dict:
     options, preprocessing = task.options, task.preprocessing
-    # mean and std, where a run names its own: files begun by an earlier version go on
-    channels = {name: list(values) for name, values in preprocessing.normalisation.items()
+    # what is not as usual: files begun by an earlier version go on
+    unusual = {name: list(values) for name, values in preprocessing.normalisation.items()
                 if name in task.config}
+    if options.precision == "bf16":
+        unusual["precision"] = "bf16"
     about = {"checkpoint": task.digest() or f"{options.arch}, seed {options.seed}",
-             **preprocessing.geometry, **channels}
+             **preprocessing.geometry, **unusual}
     return features(task.trunk, preprocessing.center_crops(task.images()),
                     Path(options.out or "features.npy"), about, **task.extract_options())
 

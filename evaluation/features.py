@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.stream import fault_of
 from distributed.fsdp import is_sharded
-from distributed.hardware import layout
+from distributed.hardware import autocast, layout
 from distributed.ranks import gather_lists, my_share
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, decode
 
@@ -93,12 +93,12 @@ def in_batches(network: nn.Module, images: Sequence[tuple[Tensor, bool]], device
     and which images could be read (B,).
 
     network: normalised images -> a tensor (B, ...), or a list of them.  images: CenterCrops, or a
-    list of what they give.  mean, std: of each channel.  dtype: bfloat16 turns the weights of
-    convolutions and linear layers into it, in place: half the memory; BatchNorm stays float32.
+    list of what they give.  mean, std: of each channel.  dtype: of autocast; in bfloat16
+    the weights of convolutions are turned into it, in place: half the memory.
     """
     memory_format = layout(torch.device(device))
     for module in network.modules() if dtype != torch.float32 else ():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, nn.Conv2d):
             module.to(device, dtype)
     if not is_sharded(network):
         network.to(device, memory_format=memory_format)
@@ -110,7 +110,8 @@ def in_batches(network: nn.Module, images: Sequence[tuple[Tensor, bool]], device
         full = batch.new_zeros(BATCH, *batch.shape[1:])
         full[:count] = batch
         full = full.to(device).to(torch.float32, memory_format=memory_format)
-        output = network(full.div_(255).sub_(mean).div_(std).to(dtype))
+        with autocast(torch.device(device), dtype):
+            output = network(full.div_(255).sub_(mean).div_(std))
         outputs = output if isinstance(output, list) else [output]
         yield [x[:count].float().cpu() for x in outputs], ok
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data.images import read_list
-from data.labelled import Labelled, open_labelled, open_splits
+from data.labelled import Labelled, open_labelled, open_splits, read_share
 from data.stream import mix
 from evaluation.supervised import train_with_labels
 from evaluation.task import EvalTask, counts
@@ -49,12 +49,7 @@ def some_labels(train: Labelled, labels: str) -> Labelled:
     """
     if Path(labels).is_file():
         return train.subset(_listed(train.images, labels))
-    try:
-        share = float(labels)
-        if not 0 < share <= 1:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"--labels {labels} is neither a share, as 0.01, nor a list") from None
+    share = read_share(labels, "neither a share, as 0.01, nor a list")
     chosen = set()
     for k in range(len(train.classes)):
         members = train.targets[:, k].nonzero()[:, 0].tolist()

@@ -81,13 +81,13 @@ def resume(config: Config, images, out: Path, given: Collection[str] | None = No
     state["last"]: whether the state is that of checkpoint.pt. Raises ValueError where the folder
     holds another run, or something else.
     """
-    state, path = newest_state(out)
+    state = newest_state(out)
     if state is None:
         if grow:
             raise ValueError(f"--grow: {out} holds no run to go on with")
         return None, config
     old = Config(**{name: value for name, value in state["config"].items() if name in KNOWN})
-    state |= {"last": path.name in LAST, "events": []}
+    state |= {"last": state["path"].name in LAST, "events": []}
     named = KNOWN if given is None else set(given)
     changed = {name for name in KNOWN - FREE if getattr(old, name) != getattr(config, name)}
     new = {"data": config.data}
@@ -149,8 +149,8 @@ def extended(config: Config, old: Config, state: dict, out: Path) -> dict:
     return new
 
 
-def newest_state(out: Path) -> tuple[dict | None, Path | None]:
-    """The newest checkpoint that is not damaged, and its file; None where there is none. Raises
+def newest_state(out: Path) -> dict | None:
+    """The newest checkpoint that is not damaged, with its "path"; None where there is none. Raises
     ValueError where all are damaged, or of another version, or where the folder holds what a new
     run would replace."""
     faults, paths = [], newest(out)
@@ -165,7 +165,7 @@ def newest_state(out: Path) -> tuple[dict | None, Path | None]:
         if faults:
             raise ValueError("; ".join(faults))
         refuse_foreign(out)
-        return None, None
+        return None
     version = state.get("version") if isinstance(state, dict) else None
     if version != VERSION:
         raise ValueError(f"{path} is not a checkpoint of this program's version: its version is "
@@ -173,18 +173,18 @@ def newest_state(out: Path) -> tuple[dict | None, Path | None]:
                          "program that began it, or start another from its trunk.pt (--init)")
     if faults and int(os.environ.get("RANK", 0)) == 0:
         print(f"{'; '.join(faults)}: going on from {path}", file=sys.stderr)
-    return state, path
+    return state | {"path": path}
 
 
 def open_checkpoint(path: Path) -> dict:
-    """A run's state, with its "path". Sharded tensors stay on the disk, and the ranks share the
-    work of checking them. Raises ValueError for a damaged one, on all ranks alike."""
+    """A run's state. Sharded tensors stay on the disk, and the ranks share the work of checking
+    them. Raises ValueError for a damaged one, on all ranks alike."""
     if not path.is_dir():
-        return load(path) | {"path": path}
+        return load(path)
     with fail_together():
         if fault := fault_of(path, *rank_and_world()):
             raise ValueError(fault)
-        return load_plain(path) | {"path": path}
+        return load_plain(path)
 
 
 def same_everywhere(what, out: Path) -> None:

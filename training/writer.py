@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import threading
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -127,9 +126,9 @@ class ShardedWriter(Writer):
     """Of a sharded run: on every rank, each of which writes its own part. The same error comes on
     all ranks. trunk.pt is put together on rank 0, from what was written."""
 
-    def __init__(self, *args, timeout: timedelta = PATIENCE):
+    def __init__(self, *args):
         super().__init__(*args)
-        self.group = dist.new_group(backend="gloo", timeout=timeout)    # of the threads alone
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)   # of the threads alone
 
     def _replace(self, state: dict) -> None:
         first, last = self.step is None, self.folder / "checkpoint"

@@ -46,7 +46,8 @@ def test_features_go_to_a_file_and_are_resumed(classes, tmp_path, command, refus
     assert (again[:5] == 7).all()
     assert numpy.allclose(again[5:][ok[5:] > 0], expected[5:][ok[5:] > 0])
     assert numpy.isnan(again[ok < 0]).all()
-    assert "does not belong to these features" in refused("features", *options, "--size=48")
+    for other in ("--size=48", "--precision=bf16"):
+        assert "does not belong to these features" in refused("features", *options, other)
 
 
 def test_clusters_are_the_nearest_prototypes(classes, tmp_path, capsys, monkeypatch, command,
@@ -86,5 +87,10 @@ def test_clusters_are_the_nearest_prototypes(classes, tmp_path, capsys, monkeypa
         members = prototype == int(row.name.split()[1])
         expected = cosines[members].sort(descending=True).values[:10].tolist()
         assert [float(tile.text[0]) for tile in row.tiles] == pytest.approx(expected, abs=1e-3)
+    halved = command("clusters", out, f"--data={classes}", *QUICK[1:], "--precision=bf16",
+                     f"--out={tmp_path / 'bf16.csv'}")
+    assert halved["precision"] == "bf16" and "precision" not in result
+    for row, halved_row in zip(rows, csv.DictReader(open(tmp_path / "bf16.csv")), strict=True):
+        assert float(halved_row["confidence"]) == pytest.approx(float(row["confidence"]), abs=0.02)
     assert "holds no prototypes" in refused("clusters", out / "trunk.pt", f"--data={classes}",
                                             *QUICK[1:])

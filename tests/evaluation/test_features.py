@@ -102,3 +102,17 @@ def test_depths_are_means_of_the_stages(arch):
     torch.testing.assert_close(whole, pooled, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="unknown depth res9; there is res2"):
         Depths(trunk, ["res9"])
+
+
+def test_features_in_bf16_halve_the_convolutions_alone():
+    torch.manual_seed(0)
+    images = [(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8), True) for _ in range(3)]
+    trunk = build_trunk("regnety_100mf")
+    (expected,), _ = extract(trunk, images)
+    (features,), _ = extract(trunk, images, dtype=torch.bfloat16)
+    assert features.dtype == torch.float32 and not torch.equal(features, expected)
+    assert (features - expected).norm() < 0.02 * expected.norm()
+    for module in trunk.modules():
+        for x in module._parameters.values():
+            half = isinstance(module, torch.nn.Conv2d)
+            assert x is None or x.dtype == (torch.bfloat16 if half else torch.float32)
