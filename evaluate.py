@@ -43,6 +43,19 @@ from weights.terminal import Text, number_in, one_sentence, reason
 PROTOCOLS = {"knn": knn.run, "linear": linear.run, "lowshot": lowshot.run, "finetune": finetune.run,
              "classify": finetune.run_classify, "features": export.run_features,
              "clusters": export.run_clusters, "detect": detect.run}
+_TRAINING = "linear finetune detect"
+# options of some protocols; the others refuse them
+PROTOCOLS_OF = {
+    "k": "knn", "temperature": "knn", "depths": "linear lowshot", "shots": "lowshot",
+    "draws": "lowshot", "sgd": "linear", "classes": "classify", "labels": "finetune detect",
+    "recipe": "linear finetune classify", "area": "linear finetune", "epochs": _TRAINING,
+    "batch_size": _TRAINING, "lr": _TRAINING, "shard": "finetune",
+    "crop_ratio": "knn linear lowshot finetune classify features clusters",
+    "bicubic": "knn linear lowshot finetune classify features clusters",
+    "out": "linear finetune detect features clusters", "sheet": "knn clusters detect",
+    "force": "knn clusters detect", "rows": "knn clusters detect", "columns": "knn clusters",
+    **dict.fromkeys(("train", "val", "annotations", "boxes_only", "steps",
+                     "checkpoint_activations", "show"), "detect")}
 
 
 def several(kind: Callable) -> Callable:
@@ -59,16 +72,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "file of another library, an official name (python -m weights), or random")
     parser.add_argument("--data", action=Text, default="", help="folder with train/ and val/, "
                         "class folders or lists train.txt, val.txt, or one of class folders, of "
-                        "which a fifth is val; of classify one folder of classes; of features and "
-                        "clusters any images, as train.py takes them; none: the demo's")
+                        "which a fifth is val; of classify one folder of classes; of detect COCO's "
+                        "layout or Pascal VOC's; of features, clusters and --show any images, as "
+                        "train.py takes them; none: the demo's")
     parser.add_argument("--arch", action=Text, default="", help="of the network called random")
     parser.add_argument("--seed", type=number_in(int, 0, 2 ** 63 - 1), default=0, help="of the "
                         "network called random, of draws and of training")
     parser.add_argument("--out", action=Text, default="", help="file of features (.npy) and "
-                        "clusters (.csv), folder of finetune and linear --sgd")
+                        "clusters (.csv), folder of finetune, linear --sgd and detect")
     shown = parser.add_argument_group("preprocessing")
     shown.add_argument("--size", type=number_in(int, 8, MAX_SIZE), default=0,
-                       help="pixels; none: the size of the run's first crops, else 224")
+                       help="pixels; none: the size of the run's first crops, else 224; of detect "
+                       "the short side, none: by its recipe")
     shown.add_argument("--crop-ratio", type=number_in(float, 0.1, 1, or_else=0), help="central "
                        "square over short side; 0: the whole image as a square; none: 0.875, demo "
                        "1, a fine-tuned network's own")
@@ -78,7 +93,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="cuda, mps or cpu; none: the best one here")
     parser.add_argument("--workers", type=number_in(int, 0, 256),
                         default=min(8, os.cpu_count() or 1))
-    return parser.parse_args(hyphens(sys.argv[1:] if argv is None else argv))
+    options = parser.parse_args(hyphens(sys.argv[1:] if argv is None else argv))
+    for name, protocols in PROTOCOLS_OF.items():
+        if (options.what not in protocols.split()
+                and getattr(options, name) != parser.get_default(name)):
+            parser.error(f"--{name.replace('_', '-')} is of {', '.join(protocols.split())}, not "
+                         f"of {options.what}")
+    return options
 
 
 def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +119,8 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sgd", action="store_true", help="linear: VISSL's recipe")
     group = parser.add_argument_group("finetune, and linear --sgd")
     group.add_argument("--labels", action=Text, default="", help="a share of each class' labels, "
-                       "as 0.01, or a list of file names; none: all")
+                       "as 0.01, or a list of file names; of detect a share of the images; none: "
+                       "all")
     group.add_argument("--recipe", choices=list(RECIPES), help="none: finetune, or few where "
                        "--labels is given")
     group.add_argument("--epochs", type=number_in(float, 0.001, 100_000))
@@ -110,12 +132,12 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
                        "of features too, with half the memory; else these are fp32")
     group.add_argument("--shard", action="store_true", help="finetune by torchrun: each rank keeps "
                        "a part of the weights, as for 10 billion; with activation checkpointing")
-    group = parser.add_argument_group("detect, with those of finetune but --recipe and --area")
+    group = parser.add_argument_group("detect, and --labels to --precision but --recipe and --area")
     group.add_argument("--train", action=Text, default="", help="COCO's folder of images, VOC's "
                        "list; none: train2017, or train")
     group.add_argument("--val", action=Text, default="", help="none: val2017, or val")
-    group.add_argument("--annotations", action=Text, help="COCO's files, {split} for the folder's "
-                       "name", default="annotations/instances_{split}.json")
+    group.add_argument("--annotations", action=Text, help="COCO's files: {split} for the folder's "
+                       "name, or TRAIN.json,VAL.json", default="annotations/instances_{split}.json")
     group.add_argument("--boxes-only", action="store_true", help="no masks: Faster R-CNN")
     group.add_argument("--steps", type=number_in(int, 1, 10_000_000), help="in place of --epochs")
     group.add_argument("--checkpoint-activations", action="store_true", help="of each block: less "
@@ -127,9 +149,9 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pictures to look at")
     group.add_argument("--sheet", action=Text, default="", help="knn: queries with their "
                        "neighbours, right and wrong ones framed; clusters: images nearest to the "
-                       "largest ones; a PNG")
-    group.add_argument("--force", action="store_true", help="replace the files of --sheet, and of "
-                       "clusters --out, where they are there")
+                       "largest ones; detect: the ground truth and what was found; a PNG")
+    group.add_argument("--force", action="store_true", help="replace the files of --sheet, of "
+                       "clusters --out and of --show, where they are there")
     group.add_argument("--rows", type=number_in(int, 1, 100), default=16)
     group.add_argument("--columns", type=number_in(int, 1, 100), default=10)
 

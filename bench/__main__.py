@@ -13,6 +13,7 @@
     python -m bench cache              # large JPEGs, with data/cache.py and without
     python -m bench run                # train.py as a whole, beside lightly's SwAV
     python -m bench order              # position to image, among a billion
+    python -m bench detect             # Mask R-CNN, beside torchvision's with the same trunk
     python -m bench rates              # matrix product, convolution and copy: for --plan
     python -m bench layouts            # the trunk by memory layout, padding and cudnn.benchmark
     python -m bench gpu                # all that has to be known of a GPU, in under 25 minutes
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from bench.detect import bench_detect
 from bench.gpu import bench_gpu
 from bench.growth import bench_growth
 from bench.input import bench_cache, bench_features, bench_input, bench_order
@@ -51,15 +53,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--help]", description="Measure speed beside the baseline.", allow_abbrev=False)
     parser.add_argument("what", choices=["step", "compile", "trunk", "start", "sinkhorn",
                                          "optimizer", "save", "growth", "features", "input",
-                                         "cache", "run", "order", "rates", "layouts", "gpu"])
+                                         "cache", "run", "order", "detect", "rates", "layouts",
+                                         "gpu"])
     parser.add_argument("--arch", default="regnety_400mf",
-                        help="of step, compile, layouts, trunk, start, optimizer, save, features "
-                        "and run")
+                        help="of step, compile, layouts, trunk, start, optimizer, save, features, "
+                        "detect and run")
     parser.add_argument("--crops", default="2x160+4x96",
-                        help="of step, compile, layouts, input, cache and run; of trunk the first "
-                        "size")
+                        help="of step, compile, layouts, input, cache and run; of trunk and detect "
+                        "the first size")
     parser.add_argument("--micro-batch", type=number_in(int, 1, 100_000), default=16,
-                        help="images of step, compile, layouts and trunk")
+                        help="images of step, compile, layouts, trunk and detect")
     parser.add_argument("--checkpoint-activations", action="store_true",
                         help="in step and compile")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
@@ -106,6 +109,8 @@ def measure(args: argparse.Namespace) -> dict:
         "cache": lambda: bench_cache(args.crops, repeats),
         "run": lambda: bench_run(args.arch, args.crops, repeats),
         "order": lambda: bench_order(repeats),
+        "detect": lambda: bench_detect(args.arch, args.micro_batch, first.size, device, dtype,
+                                       repeats),
         "rates": lambda: bench_rates(device, dtype),
         "layouts": lambda: of_network(bench_layouts, dtype),
         "gpu": lambda: bench_gpu(device.type, Path(args.out).with_suffix(".md"))}[args.what]()

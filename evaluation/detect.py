@@ -15,23 +15,23 @@ Differs from SEER's (detectron2): no "precise BN"; BatchNorm's running statistic
 
 Shapes: n objects of an image, H and W its pixels.
 """
+import functools
+import itertools
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from data.detection import Scenes, open_detection
-from data.stream import Fault, Positions, Stream, fault_of, mix
+from data.detection import Scenes, open_detection, open_val
+from data.stream import Fault, Positions, Stream, mix
 from distributed.hardware import autocast, pick_precision
-from distributed.ranks import fail_together, gather_lists, is_main, my_share, rank_and_world
-from evaluation.coco import as_results, average_precision, coco_tool
-from evaluation.detector import Detector
+from distributed.ranks import gather_lists, is_main, rank_and_world
+from evaluation.coco import as_results, coco_tool, detect, measure, say_left_out
+from evaluation.detector import Detector, check_shape
 from evaluation.features import Preprocessing
 from evaluation.supervised import MEASURED, Training
 from evaluation.task import EvalTask
@@ -85,8 +85,8 @@ def choose_recipe(count: int, side: int) -> Recipe:
     """SEER's for 20,000 images or more; for fewer a small one:
 
     - 4 epochs in batches of 8, at least 500 steps, at twice the rate for its batch: short runs need
-      it. Measured 4 times.
-    - Images keep their size, up to a short side of 800 pixels.
+      it. Measured 4 times, or every 500 steps of a longer run.
+    - All images are resized to the median short side, or 800 pixels where it is more.
     - Where that is below 320 pixels, the network is smaller too (64 channels, 256 proposals, 64
       samples), about a 16th of the work for a pixel; and anchors have 4 strides, not 8, for objects
       have fewer pixels.
@@ -108,20 +108,24 @@ def change_recipe(recipe: Recipe, options, count: int) -> Recipe:
     batch_size = options.batch_size or recipe.batch_size
     steps = options.steps or recipe.steps
     if options.epochs:
+        if options.steps:
+            raise ValueError("--steps or --epochs, not both")
         steps = max(1, round(options.epochs * count / batch_size))
     recipe = recipe._replace(steps=steps, batch_size=batch_size,
                              lr=recipe.lr if options.lr is None else options.lr,
-                             times=min(recipe.times, steps))
+                             times=min(steps, MEASURED, max(recipe.times, steps // 500)))
     if options.size:
         recipe = recipe._replace(sides=(options.size,), longest=round(options.size * LONGEST))
     return recipe
 
 
 # ------------------------------------------------------------------------------------- the input
-def prepare(scene: tuple[Tensor, dict], seed: int, position: int) -> tuple[Tensor, dict, int]:
+def prepare(scene: tuple[Tensor, dict], seed: int, position: int,
+            longest: int) -> tuple[Tensor, dict, int]:
     """Half of all images are flipped, with boxes and masks; crowds are no objects to learn. Image,
     uint8 (3, H, W), what Detector takes of its target, and the seed for Detector's draws."""
     image, target = scene
+    check_shape(image, longest)
     kept = target["iscrowd"] == 0
     target = {name: target[name][kept] for name in ("boxes", "labels", "masks") if name in target}
     if mix(seed, 0) & 1:
@@ -142,25 +146,9 @@ def open_loader(train: Scenes, recipe: Recipe, seed: int, steps: range, device: 
                 workers: int) -> DataLoader:
     """This rank's share of each step's batch: images, targets, seeds, faults."""
     positions = Positions(steps.start, steps.stop, recipe.batch_size, *rank_and_world())
-    return DataLoader(Stream(train, prepare, seed), batch_sampler=positions, collate_fn=collate,
-                      num_workers=workers, pin_memory=device.type == "cuda")
-
-
-class Readable(Dataset):
-    """Image i and its image_id, or the Fault with which it could not be read."""
-
-    def __init__(self, scenes):
-        self.scenes = scenes
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int] | Fault:
-        try:
-            image, target = self.scenes[i]
-            return image, target["image_id"]
-        except Exception as error:          # decoders raise nearly anything on damaged files
-            return fault_of(error, self.scenes.name(i))
+    stream = Stream(train, functools.partial(prepare, longest=recipe.longest), seed)
+    return DataLoader(stream, batch_sampler=positions, collate_fn=collate, num_workers=workers,
+                      pin_memory=device.type == "cuda")
 
 
 class Photos:
@@ -176,57 +164,6 @@ class Photos:
         return pil_to_tensor(decode(self.images[i])), {"image_id": i + 1}
 
 
-# ------------------------------------------------------------------------------------ measuring
-def detect(detector: Detector, scenes, indices, device,
-           workers: int = 0) -> Iterator[tuple[int, Tensor, int, dict]]:
-    """Of each of these images that can be read: i, the image, its image_id, and its detections. One
-    at a time, so that they do not depend on the others."""
-    detector.eval()
-    loader = DataLoader(Subset(Readable(scenes), indices), batch_size=None, num_workers=workers)
-    for i, item in zip(indices, loader):
-        if isinstance(item, Fault):
-            say_left_out([f"{item.name}: {item.cause}"])
-            continue
-        image, image_id = item
-        with torch.no_grad():
-            found, = detector([image.to(device).float() / 255])
-        yield i, image, image_id, found
-
-
-def say_left_out(names: list[str]) -> None:
-    for name in names:
-        print(f"left out: {name}", file=sys.stderr)
-
-
-def measure(detector: Detector, val: Scenes, device, workers: int = 0,
-            out: Path | None = None) -> tuple[dict[str, dict], int]:
-    """{"box": AP..., "mask": AP... where there are masks}, of the images that can be read, and how
-    many these are. out: folder for the predictions. A collective."""
-    results, seen = {"bbox": []} | ({"segm": []} if val.has_masks else {}), []
-    for _, _, image_id, found in detect(detector, val, my_share(len(val)), device, workers):
-        seen.append(image_id)
-        for kind, rows in as_results(found, image_id, val.category_ids).items():
-            if kind in results:
-                results[kind] += rows
-    results, seen = {kind: gather_lists(rows) for kind, rows in results.items()}, gather_lists(seen)
-    if not seen:
-        raise ValueError("no image of val could be read")
-    metrics = []
-    with fail_together():
-        if is_main():
-            whole, known = val.as_coco(), {*seen}
-            truth = whole | {
-                "images": [one for one in whole["images"] if one["id"] in known],
-                "annotations": [one for one in whole["annotations"] if one["image_id"] in known]}
-            names = {"bbox": "box", "segm": "mask"}
-            metrics = [{names[kind]: average_precision(truth, rows, kind, val.area_limits)
-                        for kind, rows in results.items()}]
-            for kind, rows in results.items() if out else ():
-                write_whole(out / f"predictions-{kind}.json", json.dumps(rows))
-    metrics, = gather_lists(metrics)
-    return metrics, len(seen)
-
-
 # ------------------------------------------------------------------------------------- training
 class DetectorTraining(Training):
     """last, best: AP of masks or, without these, boxes.  metrics: all that `measure` gives.
@@ -240,9 +177,9 @@ class DetectorTraining(Training):
 
     def loss(self, images: list[Tensor], targets: list[dict], seeds: list[int],
              faults: list[Fault]) -> Tensor:
-        names = {f"{fault.name}: {fault.cause}" for fault in faults} - {*self.faults}
-        say_left_out(sorted(names))
-        self.faults += names
+        for fault in faults:
+            say_left_out(f"{fault.name}: {fault.cause}, {fault.detail}")
+        self.faults = sorted({*self.faults, *(f"{fault.name}: {fault.cause}" for fault in faults)})
         images = [image.to(self.device, non_blocking=True).float() / 255 for image in images]
         targets = [{name: x.to(self.device, non_blocking=True) for name, x in target.items()}
                    for target in targets]
@@ -266,8 +203,8 @@ def fit(detector: Detector, train: Scenes, val: Scenes, recipe: Recipe, out: Pat
     if recipe.batch_size % world:
         raise ValueError(f"a batch of {recipe.batch_size} is not divisible by {world} processes")
     settings = {"recipe": recipe.as_dict, "seed": seed, "precision": str(dtype),
-                "pictures": len(train), "val": len(val), "classes": train.classes,
-                "masks": train.has_masks, **(about or {})}
+                "train": train.digest(), "val": val.digest(), "classes": train.classes,
+                "category_ids": train.category_ids, "masks": train.has_masks, **(about or {})}
     training = DetectorTraining(detector, recipe, False, device, dtype, sync_bn_group=world,
                                 checkpoint_activations=checkpoint_activations)
     training.begin(out, settings, preprocessing)
@@ -278,47 +215,84 @@ def fit(detector: Detector, train: Scenes, val: Scenes, recipe: Recipe, out: Pat
 
 
 # ------------------------------------------------------------------------------------- evaluate.py
+OF_TRAINING = "steps", "epochs", "batch_size", "lr", "size", "labels", "checkpoint_activations"
+
+
 def run(task: EvalTask) -> dict:
-    """Train a detector and measure it; one that is trained is measured alone. AP of boxes and masks
-    on val, after the last step."""
-    options, device = task.options, task.device
-    if options.show:
+    """Train a detector and measure it; one that is trained is measured alone, or shown."""
+    if task.options.show:
         return show(task)
     coco_tool()
+    return (measure_trained if holds_detector(task) else train_and_measure)(task)
+
+
+def train_and_measure(task: EvalTask) -> dict:
+    """AP of boxes and masks on val, after the last step."""
+    options, device = task.options, task.device
     train, val = open_detection(options.data, options.train, options.val, options.annotations)
     if options.boxes_only or not (train.has_masks and val.has_masks):
         train, val = train.without_masks(), val.without_masks()
-    broken = train.left_out + val.left_out
-    if is_main():
-        say_left_out(broken)
-    if holds_detector(task):
-        detector, classes, recipe = load_detector(task)
-        if classes != val.classes:
-            raise ValueError(f"{task.source} detects {classes[:3]}..., not {val.classes[:3]}...")
-        metrics, counted = measure(detector.to(device), val, device, options.workers)
-        result = {**metrics, "val": counted}
-    else:
-        train = train.share(options.labels) if options.labels else train
-        sides = sorted(min(train.size(i)) for i in range(0, len(train), -(-len(train) // 128)))
-        recipe = change_recipe(choose_recipe(len(train), sides[len(sides) // 2]), options,
-                               len(train))
-        torch.manual_seed(options.seed)
-        detector = Detector(task.trunk, len(train.classes), train.has_masks, **recipe.of_detector,
-                            **task.preprocessing.normalisation)
-        training = fit(
-            detector, train, val, recipe, out := Path(options.out or f"runs/detect-{task.name()}"),
-            task.preprocessing, device, pick_precision(options.precision, device), options.workers,
-            options.seed, {"checkpoint": task.digest() or options.arch, "data": options.data,
-                           "labels": options.labels or "1"}, options.checkpoint_activations)
-        result = {**training.metrics, "best": training.best[0], "labels": options.labels or "1",
-                  "train": len(train), "val": training.counted,
-                  "left_out_in_training": len(training.faults), "out": str(out),
-                  "recipe": recipe.as_dict}
-    task.preprocessing = task.preprocessing._replace(size=recipe.sides[-1], crop_ratio=1.0,
-                                                     bicubic=False)
-    if options.sheet and is_main():
-        save_sheet(options.sheet, detector, val, device, options.rows)
-    return result | {"left_out": len(val) - result["val"], "broken": len(broken)}
+    broken = name_broken(train, val)
+    train = train.share(options.labels) if options.labels else train
+    sides = sorted(min(train.size(i)) for i in range(0, len(train), -(-len(train) // 128)))
+    recipe = change_recipe(choose_recipe(len(train), sides[len(sides) // 2]), options, len(train))
+    torch.manual_seed(options.seed)
+    detector = Detector(task.trunk, len(train.classes), train.has_masks, **recipe.of_detector,
+                        **task.preprocessing.normalisation)
+    arch = options.arch or task.config.get("arch", "")
+    training = fit(
+        detector, train, val, recipe, out := Path(options.out or f"runs/detect-{task.name()}"),
+        task.preprocessing, device, pick_precision(options.precision, device), options.workers,
+        options.seed, {"checkpoint": task.digest() or arch, "arch": arch,
+                       "labels": options.labels or "1"}, options.checkpoint_activations)
+    return training.metrics | {
+        "best": training.best[0], "labels": options.labels or "1", "train": len(train),
+        "left_out_in_training": len(training.faults), "out": str(out), "recipe": recipe.as_dict,
+        **finish(task, detector, recipe, val, training.counted, broken)}
+
+
+def measure_trained(task: EvalTask) -> dict:
+    """AP on val alone; predictions are written where --out says. Raises ValueError for options
+    that are of training."""
+    options = task.options
+    if given := [name for name in OF_TRAINING if getattr(options, name)]:
+        raise ValueError(f"{task.source} is a trained detector, which is measured alone: --"
+                         + given[0].replace("_", "-") + " is of training")
+    detector, classes, recipe = load_detector(task)
+    val = open_val(options.data, options.val, options.annotations)
+    if options.boxes_only or not (val.has_masks and task.config["masks"]):
+        val = val.without_masks()
+    if classes != val.classes:
+        odd = sorted({*classes} ^ {*val.classes}) or classes
+        raise ValueError(f"{task.source} and {options.data or 'the scenes'} differ in their "
+                         f"classes: {', '.join(odd[:5])}")
+    if out := Path(options.out) if options.out else None:
+        for kind in ("bbox", "segm"):
+            refuse_existing(out / f"predictions-{kind}.json", options.force)
+        out.mkdir(parents=True, exist_ok=True)
+    metrics, counted = measure(detector.to(task.device), val, task.device, options.workers, out)
+    return metrics | finish(task, detector, recipe, val, counted, name_broken(val))
+
+
+def name_broken(*parts: Scenes) -> int:
+    """What annotation files say that cannot be used: told, and counted."""
+    broken = [what for part in parts for what in part.left_out]
+    for what in broken if is_main() else ():
+        say_left_out(what)
+    return len(broken)
+
+
+def finish(task: EvalTask, detector: Detector, recipe: Recipe, val: Scenes, counted: int,
+           broken: int) -> dict:
+    """The sheet, and what both ways to measure tell."""
+    task.preprocessing = resized(task.preprocessing, recipe)
+    if task.options.sheet and is_main():
+        save_sheet(task.options.sheet, detector, val, task.device, task.options.rows)
+    return {"val": counted, "left_out": len(val) - counted, "broken": broken}
+
+
+def resized(preprocessing: Preprocessing, recipe: Recipe) -> Preprocessing:
+    return preprocessing._replace(size=recipe.sides[-1], crop_ratio=1.0, bicubic=False)
 
 
 def holds_detector(task: EvalTask) -> bool:
@@ -333,8 +307,9 @@ def load_detector(task: EvalTask) -> tuple[Detector, list[str], Recipe]:
         classes, masks = task.config["classes"], task.config["masks"]
         recipe = Recipe(**{name: tuple(x) if isinstance(x, list) else x
                            for name, x in task.config["recipe"].items()})
-    except (KeyError, TypeError):
-        raise ValueError(f"{task.source} needs its config.json beside it") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{task.source} needs detect's config.json beside it, and to be called "
+                         "best.pt or last.pt") from None
     detector = Detector(task.trunk, len(classes), masks, **recipe.of_detector,
                         **task.preprocessing.normalisation)
     detector.load(task.loaded.tensors)
@@ -342,32 +317,34 @@ def load_detector(task: EvalTask) -> tuple[Detector, list[str], Recipe]:
 
 
 def save_sheet(path: str, detector: Detector, val: Scenes, device, rows: int) -> None:
-    """Detections beside the ground truth, of the first images."""
-    sheet(path, [Shown(val.name(i), image, val.target(i), found) for i, image, _, found in
-                 detect(detector, val, range(min(rows, len(val))), device)], val.classes)
+    """Detections beside the ground truth, of the first images that can be read."""
+    found = itertools.islice(detect(detector, val, range(len(val)), device), rows)
+    sheet(path, [Shown(val.name(i), image, val.target(i), of_image)
+                 for i, image, _, of_image in found], val.classes)
 
 
 def show(task: EvalTask) -> dict:
     """Draw what a trained detector finds in any images: a PNG each, and detections.json, in COCO's
     results format with the names of file and class."""
-    (detector, classes, _), images, options = load_detector(task), task.images(), task.options
+    (detector, classes, recipe), images, options = load_detector(task), task.images(), task.options
+    task.preprocessing = resized(task.preprocessing, recipe)
     if not is_main():
         return {}
     folder = Path(options.show)
-    refuse_existing(folder / "detections.json", options.force)
+    refuse_existing(folder / "detections.json", options.force, [options.data])
     folder.mkdir(parents=True, exist_ok=True)
-    rows, drawn = [], 0
+    rows, drawn, category_ids = [], 0, task.config["category_ids"]
     photos, device = Photos(images), task.device
     for i, image, _, found in detect(detector.to(device), photos, range(len(photos)), device,
                                      options.workers):
         # a number, for names may be alike in two folders
-        name = f"{i:06d}-{Path(images.name(i)).stem}.png"
+        name = f"{i:06d}-{Path(images.name(i)).stem[:100]}.png"
         to_pil_image(draw(image, found, classes)).save(folder / name)
         drawn += 1
-        kinds = as_results(found, i + 1, list(range(1, len(classes) + 1)))
-        for box, *mask in zip(*kinds.values()):
+        kinds = as_results(found, i + 1, category_ids)
+        for label, box, *mask in zip(found["labels"].tolist(), *kinds.values()):
             rows.append(box | dict(*mask) | {"file_name": images.name(i),
-                                             "category": classes[box["category_id"] - 1]})
+                                             "category": classes[label - 1]})
     write_whole(folder / "detections.json", json.dumps(rows))
     return {"out": str(folder), "pictures": drawn, "left_out": len(photos) - drawn,
             "detections": len(rows)}

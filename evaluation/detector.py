@@ -29,15 +29,17 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from data.stream import mix
 from evaluation.features import stage_maps
-from multicrop import IMAGENET_MEAN, IMAGENET_STD
+from multicrop import IMAGENET_MEAN, IMAGENET_STD, BadImage
 
 RATIOS = (0.5, 1.0, 2.0)                 # of an anchor's height to its width
+MASK = 0.5                               # of a pixel that is in a mask, at least
 
 
 class Pyramid(nn.Module):
@@ -59,7 +61,9 @@ class Pyramid(nn.Module):
 
 
 class Resize(GeneralizedRCNNTransform):
-    """torchvision's. In training the short side of image i is one of min_size, by seeds[i]."""
+    """torchvision's. In training the short side of image i is one of min_size, by seeds[i]. Masks
+    of detections are bool, and made a few at a time: as float32 those of a photograph of 12
+    megapixels would have 5 GB."""
     seeds: Sequence[int] = ()
 
     def forward(self, images, targets=None):
@@ -68,6 +72,15 @@ class Resize(GeneralizedRCNNTransform):
 
     def torch_choice(self, sides: Sequence[int]) -> int:
         return sides[mix(next(self.left)) % len(sides)]
+
+    def postprocess(self, result, image_shapes, original_image_sizes):
+        small = [found.pop("masks", None) for found in result]
+        result = super().postprocess(result, image_shapes, original_image_sizes)
+        for found, masks, size in zip(result, small, original_image_sizes):
+            if masks is not None:
+                found["masks"] = torch.cat([paste_masks_in_image(*few, size) >= MASK for few in
+                                            zip(masks.split(8), found["boxes"].split(8))])
+        return result
 
 
 class Sampler(BalancedPositiveNegativeSampler):
@@ -85,6 +98,14 @@ class Sampler(BalancedPositiveNegativeSampler):
                 chosen.append(mask)
         self.counts = torch.stack([torch.cat(masks).sum() for masks in (positive, negative)])
         return positive, negative
+
+
+def check_shape(image: Tensor, longest: int) -> None:
+    """longest: pixels of the long side, resized. Raises BadImage where the short side would have
+    none."""
+    short, long = sorted(image.shape[1:])
+    if short * longest < 2 * long:
+        raise BadImage("too narrow", f"{long} x {short} pixels")
 
 
 class Detector(nn.Module):
@@ -129,6 +150,10 @@ class Detector(nn.Module):
         self.rcnn.roi_heads.fg_bg_sampler = Sampler(samples, 0.25)
 
     @property
+    def longest(self) -> int:
+        return self.rcnn.transform.max_size
+
+    @property
     def trunk(self) -> nn.Module:
         return self.rcnn.backbone.trunk
 
@@ -136,7 +161,7 @@ class Detector(nn.Module):
                 seeds: Sequence[int] = ()) -> dict[str, Tensor] | list[dict]:
         """targets, seeds: in train mode; a target has boxes float32 (n, 4), labels int64 (n,), and
         masks uint8 (n, H, W). The detections of an image have boxes, labels, scores (n,), and masks
-        (n, 1, H, W) from 0 to 1."""
+        bool (n, 1, H, W)."""
         rpn, heads = self.rcnn.rpn.fg_bg_sampler, self.rcnn.roi_heads.fg_bg_sampler
         self.rcnn.transform.seeds = rpn.seeds = heads.seeds = seeds
         output = self.rcnn(images, targets)

@@ -15,6 +15,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,9 +52,8 @@ def draw(image: Tensor, detections: dict, classes: Sequence[str], least: float =
     """Boxes with class and score, and masks where there are some; the smallest on top.
 
     image: uint8 (3, H, W).  detections: boxes (n, 4), labels (n,) from 1, and where there are some
-    scores (n,), iscrowd (n,), masks (n, H, W) of 0 and 1 or, as of torchvision, (n, 1, H, W) of
-    probabilities.  least: of the scores drawn.  side: pixels, to which the longer side is resized;
-    0: as it is.
+    scores (n,), iscrowd (n,), masks of 0 and 1, (n, H, W) or (n, 1, H, W).  least: of the scores
+    drawn.  side: pixels, to which the longer side is resized; 0: as it is.
     """
     height, width = image.shape[1:]
     scale = side / max(height, width) if side else 1
@@ -68,8 +68,8 @@ def draw(image: Tensor, detections: dict, classes: Sequence[str], least: float =
     if not labels:
         return image
     if "masks" in detections:
-        masks = detections["masks"].cpu()[order].float().reshape(len(order), 1, height, width)
-        masks = TF.resize(masks, size)[:, 0] >= 0.5
+        masks = detections["masks"].reshape(-1, 1, height, width)
+        masks = torch.cat([TF.resize(masks[k].cpu().float(), size) >= 0.5 for k in order])
         image = draw_segmentation_masks(image, masks, OPACITY, colours)
     image = draw_bounding_boxes(image, boxes, colors=colours, width=2)
     page = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -104,6 +104,6 @@ def sheet(path: str | Path, shown: Sequence[Shown], classes: Sequence[str], leas
     rows = [Row(row.name, [tile(row.image, row.truth), tile(row.image, row.found)])
             for row in shown]
     rows_of_tiles(path, f"Objects of {len(rows):,} images: left those of the ground truth, right "
-                  f"those found with a score of {least:g} or more. A colour is a class; where "
-                  f"there are more than {len(COLOURS)}, of several.", rows,
+                  f"those found with a score of {least:g} or more. A colour is a class; with "
+                  f"more than {len(COLOURS)} classes several share one.", rows,
                   ["ground truth", "found"], columns)

@@ -1,4 +1,5 @@
 """evaluation/detect.py: input, recipes, training, resuming, and the command line."""
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -13,10 +14,12 @@ from data.detection import Scenes
 from data.scenes import DemoScenes
 from data.stream import Positions, Stream
 from evaluation import supervised
-from evaluation.detect import SEER, change_recipe, choose_recipe, collate, fit, measure, prepare
+from evaluation.coco import detect, measure
+from evaluation.detect import SEER, change_recipe, choose_recipe, collate, fit, prepare
 from evaluation.detector import Detector
 from evaluation.supervised import save
 from methods.build import build_trunk
+from multicrop import BadImage
 from tests.evaluation.conftest import RANDOM
 from tests.helpers import run_ranks
 from weights.atomic import load
@@ -95,13 +98,16 @@ def test_flags_change_the_recipe():
     assert (recipe.steps, recipe.batch_size, recipe.lr) == (500, 8, 0.1)
     assert (recipe.sides, recipe.longest) == ((480,), 800)
     assert (changed("--steps=3").steps, changed("--steps=3").times) == (3, 3)
+    few = SEER._replace(times=4)
+    assert [change_recipe(few, evaluate.parse(["detect", *RANDOM, f"--steps={steps}"]), 9).times
+            for steps in (1000, 5000, 90_000)] == [4, 10, 20]
 
 
 def test_flips_move_boxes_and_masks_alike():
     scene, seen = Scenes(DemoScenes(size=64))[3], set()
     scene[1]["iscrowd"][0] = 1
     for seed in range(8):
-        image, target, _ = prepare(scene, seed, 0)
+        image, target, _ = prepare(scene, seed, 0, longest=107)
         flipped = not torch.equal(image, scene[0])
         seen.add(flipped)
         assert torch.equal(image, scene[0].flip(2) if flipped else scene[0])
@@ -110,6 +116,22 @@ def test_flips_move_boxes_and_masks_alike():
         assert torch.equal(boxes, masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]))
         assert torch.equal(target["labels"], scene[1]["labels"][1:])        # without the crowd
     assert seen == {True, False}
+
+
+class Narrow(DemoScenes):
+    """Images of one row of pixels."""
+
+    def scene(self, i, masks=True):
+        image, target = super().scene(i, masks)
+        return image[:, :1].repeat(1, 1, 2), target
+
+
+def test_an_image_too_narrow_to_be_resized_is_left_out(capsys):
+    scenes = Scenes(Narrow("val", 2, size=48))
+    with pytest.raises(BadImage, match="too narrow"):
+        prepare(scenes[0], 0, 0, longest=100)
+    assert list(detect(tiny(), scenes, range(2), "cpu")) == []
+    assert "left out: val-000001.png: too narrow, 96 x 1 pixels" in capsys.readouterr().err
 
 
 @needs_tool
@@ -128,7 +150,7 @@ def test_broken_images_are_counted(tmp_path):
 
 
 @needs_tool
-def test_detect(tmp_path, command):
+def test_detect(tmp_path, command, refused):
     """The command line, with boxes alone."""
     folder = write_scenes(tmp_path / "scenes", train=3, val=1)
     result = command("detect", *RANDOM, *options(folder, tmp_path / "out", "--steps=1"),
@@ -136,6 +158,14 @@ def test_detect(tmp_path, command):
     assert (result["train"], result["val"], result["recipe"]["steps"]) == (3, 1, 1)
     assert result["box"].keys() == {"AP", "AP50", "AP75", "small", "medium", "large"}
     assert "mask" not in result and "rcnn" not in "".join(load(tmp_path / "out" / "best.pt"))
+    trained = ["detect", tmp_path / "out", "--data", folder, "--val=val", "--workers=0",
+               "--device=cpu"]
+    again = command(*trained, "--out", tmp_path / "again")      # its data have masks, it has none
+    assert again["box"] == result["box"] and "mask" not in again
+    assert json.loads((tmp_path / "again" / "predictions-bbox.json").read_text()) == json.loads(
+        (tmp_path / "out" / "predictions-bbox.json").read_text())
+    assert "is there already" in refused(*map(str, trained), f"--out={tmp_path / 'again'}")
+    assert "--steps is of training" in refused(*map(str, trained), "--steps=3")
 
 
 @needs_tool
@@ -151,7 +181,8 @@ def test_train_measure_and_show(tmp_path, command, refused):
     assert result["box"].keys() == result["mask"].keys() and "AP50" in result["box"]
     assert (tmp_path / "sheet.png").exists()
     for name in ("best", "last"):
-        again = command("detect", tmp_path / "out" / f"{name}.pt", *options(folder, "unused"))
+        again = command("detect", tmp_path / "out" / f"{name}.pt", "--data", folder, "--val=val",
+                        "--workers=0", "--device=cpu")
         assert [again[kind] for kind in ("box", "mask")] == [result["box"], result["mask"]]
     show = ("detect", tmp_path / "out", "--data", folder / "val", "--workers=0", "--device=cpu",
             f"--show={tmp_path / 'found'}")
@@ -195,12 +226,15 @@ def test_what_goes_on_ends_as_the_whole(tmp_path, monkeypatch):
     assert (again.metrics, again.step) == (whole.metrics, 6)
     with pytest.raises(ValueError, match="holds another run"):
         fit(tiny(masks=False), train, val, TINY._replace(steps=7), tmp_path / "parts")
+    with pytest.raises(ValueError, match="holds another run"):
+        fit(tiny(masks=False), train.subset([0, 1, 2, 3, 5, 4]), val, TINY._replace(steps=6),
+            tmp_path / "parts")
 
 
 def test_the_order_is_that_of_positions():
     """The same images for a step, whatever the ranks and workers: by position alone."""
     train = Scenes(DemoScenes(count=10, size=48))
-    stream = Stream(train, prepare, seed=3)
+    stream = Stream(train, functools.partial(prepare, longest=80), seed=3)
     joined = [collate([stream[p] for p in positions]) for positions in Positions(0, 3, 4)]
     halves = [[collate([stream[p] for p in positions]) for positions in Positions(0, 3, 4, rank, 2)]
               for rank in (0, 1)]

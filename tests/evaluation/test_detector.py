@@ -108,6 +108,7 @@ def test_as_torchvisions_mask_rcnn_with_the_same_weights():
     for one, other in zip(expected, got):
         assert len(one["boxes"]) == 100
         assert one.keys() == other.keys()
+        assert torch.equal(other.pop("masks"), one.pop("masks") >= 0.5)
         for name, x in one.items():
             torch.testing.assert_close(other[name], x, msg=name)
 
