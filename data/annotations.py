@@ -8,7 +8,8 @@ development kit, doi 10.1007/s11263-009-0275-4; boxes xmin, ymin, xmax, ymax, of
 pixels from 1, both ends inside. Here a box is x1, y1, x2, y2 from 0, clipped to its image.
 
 A file that cannot be understood raises ValueError, with its name and the entry's; an image that is
-not there and an object that is broken are left out, and named.
+not there and an object that is broken are left out, and named. An object of which the mask alone is
+broken is left out where masks are used.
 """
 import json
 import math
@@ -19,8 +20,11 @@ from xml.etree import ElementTree
 
 from data.images import read_list
 from data.shards import is_picture
+from multicrop import MAX_PIXELS
 
 LEAST = 0.01                             # pixels: a box of a smaller side has no area
+FAR = 5                                  # longer sides: no polygon reaches beyond
+MOST = 2 ** 53                           # of a whole number or an area: what a float64 tells apart
 
 
 class Thing(NamedTuple):
@@ -29,7 +33,7 @@ class Thing(NamedTuple):
     category: int | str                  # COCO's id, VOC's name
     crowd: bool
     area: float = math.nan               # nan: the file does not say
-    segmentation: list | dict | None = None
+    segmentation: list | dict | None = None              # None: the file has none; []: broken
 
 
 class Entry(NamedTuple):
@@ -44,10 +48,19 @@ class Annotations(NamedTuple):
     entries: list[Entry]
     classes: dict[int | str, str]        # of a Thing's category, the name, in order of the labels
     left_out: list[str]                  # what and why
+    path: Path                           # of what lists the images
+    no_masks: str                        # why these count as boxes alone; "": as masks
 
 
 class Broken(ValueError):
-    """An object that cannot be used: why."""
+    """An object or an image that cannot be used: why."""
+
+
+def check_size(height: int, width: int) -> tuple[int, int]:
+    """Raises Broken for a size that no image has that can be used."""
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise Broken(f"no image of {width} x {height} pixels is used")
+    return height, width
 
 
 def fit_box(corners: Sequence, size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -68,15 +81,20 @@ def fit_box(corners: Sequence, size: tuple[int, int]) -> tuple[float, float, flo
 
 
 def check_segmentation(given, size: tuple[int, int]) -> list | dict | None:
-    """Polygons, or RLE, as they are; None for none. Raises Broken."""
+    """Polygons, but for parts of fewer than three points, or RLE, as it is; None for none. Raises
+    Broken."""
     if not given:
         return None
     if isinstance(given, list):
-        for part in given:
-            if not (isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 and
-                    all(isinstance(x, (int, float)) and abs(x) < math.inf for x in part)):
-                raise Broken("its polygon is not three or more points")
-        return given
+        parts = [part for part in given if not (isinstance(part, list) and len(part) < 6)]
+        if not parts or not all(isinstance(part, list) and len(part) % 2 == 0 and
+                                {*map(type, part)} <= {int, float} for part in parts):
+            raise Broken("its polygon is not three or more points")
+        # the tool takes memory by a polygon's length, and ends the process where there is none left
+        far = FAR * max(size)
+        if not all(-far <= x <= far for part in parts for x in part):       # nor nan
+            raise Broken("its polygon lies far outside the image")
+        return parts
     if not isinstance(given, dict) or given.get("size") != [*size]:
         raise Broken(f"its mask is not of {size[0]} rows and {size[1]} columns")
     counts = given.get("counts")
@@ -89,23 +107,27 @@ def check_segmentation(given, size: tuple[int, int]) -> list | dict | None:
 
 def _runs(counts: str) -> list[int]:
     """COCO's compressed RLE -> its runs: five bits a letter, the lowest first, signed; from the
-    fourth on, the difference to the last run but one."""
+    fourth on, the difference to the last run but one. Empty where the letters are no runs: the
+    tool would read on behind their end."""
     runs, value, shift = [], 0, 0
     for letter in counts.encode():
+        if not 48 <= letter < 112:
+            return []
         value |= (letter - 48 & 31) << shift
         shift += 5
         if not letter - 48 & 32:
             value -= (letter - 48 & 16) << shift - 4
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value, shift = 0, 0
-    return runs
+    return [] if shift else runs
 
 
 def _take(entry, key: str, kind: type, where: str):
-    """A value of a JSON object. Raises ValueError where it has none of that kind."""
+    """A value of a JSON object. Raises ValueError where it has none of that kind, or a number
+    beyond MOST."""
     value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, kind):
-        words = {list: "list", str: "text", int: "whole number"}[kind]
+    if type(value) is not kind or kind is int and abs(value) > MOST:
+        words = {list: "list", str: "text", int: "whole number of at most 2^53"}[kind]
         raise ValueError(f"{where} has no {key!r} that is a {words}")
     return value
 
@@ -122,7 +144,7 @@ def _load(path: str | os.PathLike):
 
 def read_coco(path: str | os.PathLike, images: str | os.PathLike) -> Annotations:
     """images: their folder. Raises ValueError where the file is not in COCO's format."""
-    data, classes, entries, left_out = _load(path), {}, {}, []
+    data, classes, entries = _load(path), {}, {}
     for k, category in enumerate(_take(data, "categories", list, path)):
         where = f"{path}: categories[{k}]"
         classes[_take(category, "id", int, where)] = _take(category, "name", str, where)
@@ -135,37 +157,61 @@ def read_coco(path: str | os.PathLike, images: str | os.PathLike) -> Annotations
             raise ValueError(f"{where} has the id {number}, as another image")
         size = _take(image, "height", int, where), _take(image, "width", int, where)
         entries[number] = Entry(name, number, size, [])
+    left_out, without_mask = _add_things(path, data, classes, entries)
+    kept = []
+    for entry in entries.values():
+        try:
+            check_size(*entry.size)
+            if not os.path.isfile(os.path.join(images, entry.name)):
+                raise Broken(f"no such file in {images}")
+            kept.append(entry)
+        except Broken as error:
+            left_out.append(f"{path}: {entry.name}: {error}")
+    first = next((without_mask[entry.number] for entry in kept if entry.number in without_mask), "")
+    return Annotations(kept, dict(sorted(classes.items())), left_out, Path(path),
+                       first and f"{first} has no mask: all count as boxes")
+
+
+def _add_things(path, data: dict, classes: dict, entries: dict[int, Entry]
+                ) -> tuple[list[str], dict[int, str]]:
+    """-> what is left out, and the first annotation without a mask of each image that has one."""
+    left_out, without_mask = [], {}
     for k, annotation in enumerate(_take(data, "annotations", list, path)):
         where = f"{path}: annotations[{k}]"
         number = _take(annotation, "image_id", int, where)
         category = _take(annotation, "category_id", int, where)
         if category not in classes:
             raise ValueError(f"{where} is of category {category}, which no entry of categories has")
+        name = f"{path}: annotation {annotation.get('id', k)}"
         try:
             if number not in entries:
                 raise Broken(f"there is no image {number}")
-            entries[number].things.append(_coco_thing(annotation, category, entries[number].size))
+            thing, why = _coco_thing(annotation, category, entries[number].size)
         except Broken as error:
-            left_out.append(f"annotation {annotation.get('id', k)}: {error}")
-    kept = []
-    for entry in entries.values():
-        if os.path.isfile(os.path.join(images, entry.name)):
-            kept.append(entry)
-        else:
-            left_out.append(f"{entry.name}: no such file in {images}")
-    return Annotations(kept, dict(sorted(classes.items())), left_out)
+            left_out.append(f"{name}: {error}")
+            continue
+        entries[number].things.append(thing)
+        if why:
+            left_out.append(f"{name}, where masks are used: {why}")
+        if thing.segmentation is None:
+            without_mask.setdefault(number, name)
+    return left_out, without_mask
 
 
-def _coco_thing(annotation: dict, category: int, size: tuple[int, int]) -> Thing:
+def _coco_thing(annotation: dict, category: int, size: tuple[int, int]) -> tuple[Thing, str]:
+    """And why its mask is broken, or ""."""
     try:
         x, y, width, height = map(float, annotation.get("bbox"))
     except (TypeError, ValueError, OverflowError):
         raise Broken("its box is not four numbers") from None
-    area = annotation.get("area")
-    return Thing(fit_box((x, y, x + width, y + height), size), category,
-                 annotation.get("iscrowd") == 1,
-                 area if isinstance(area, (int, float)) and 0 <= area < math.inf else math.nan,
-                 check_segmentation(annotation.get("segmentation"), size))
+    box, area = fit_box((x, y, x + width, y + height), size), annotation.get("area")
+    try:
+        segmentation, why = check_segmentation(annotation.get("segmentation"), size), ""
+    except Broken as error:
+        segmentation, why = [], str(error)
+    return Thing(box, category, annotation.get("iscrowd") == 1,
+                 area if type(area) in (int, float) and 0 <= area <= MOST else math.nan,
+                 segmentation), why
 
 
 def read_voc(root: str | os.PathLike, split: str) -> Annotations:
@@ -173,21 +219,22 @@ def read_voc(root: str | os.PathLike, split: str) -> Annotations:
     regions: they count neither as found nor as missed. Raises ValueError for a list that cannot be
     read."""
     root, left_out, entries = Path(root), [], []
-    lines = [os.fsdecode(line).split()[0]
-             for line in read_list(str(root / "ImageSets" / "Main" / f"{split}.txt"))]
+    listed = root / "ImageSets" / "Main" / f"{split}.txt"
+    lines = [os.fsdecode(line).split()[0] for line in read_list(str(listed))]
     files = {Path(name).stem: name for name in sorted(os.listdir(root / "JPEGImages"))
              if is_picture(name)}
     for number, stem in enumerate(lines, 1):
         path = root / "Annotations" / f"{stem}.xml"
         if stem not in files:
-            left_out.append(f"{stem}: no such image in {root / 'JPEGImages'}")
+            left_out.append(f"{listed}: {stem}: no such image in {root / 'JPEGImages'}")
             continue
         try:
             tree = ElementTree.parse(path).getroot()
-            size = int(tree.findtext("size/height")), int(tree.findtext("size/width"))
+            size = check_size(*(int(tree.findtext(f"size/{side}")) for side in ("height", "width")))
         except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
             why = getattr(error, "strerror", None) or (
                 f"not XML, {error}" if isinstance(error, ElementTree.ParseError) else
+                str(error) if isinstance(error, Broken) else
                 "no size of the image")
             left_out.append(f"{path}: {why}")
             continue
@@ -198,7 +245,8 @@ def read_voc(root: str | os.PathLike, split: str) -> Annotations:
             except Broken as error:
                 left_out.append(f"{path}, object {k}: {error}")
     names = {thing.category for entry in entries for thing in entry.things}
-    return Annotations(entries, {name: name for name in sorted(names)}, left_out)
+    return Annotations(entries, {name: name for name in sorted(names)}, left_out, listed,
+                       "Pascal VOC has no masks")
 
 
 def _voc_thing(item: ElementTree.Element, size: tuple[int, int]) -> Thing:
