@@ -88,11 +88,11 @@ def check_segmentation(given, size: tuple[int, int]) -> list | dict | None:
     if isinstance(given, list):
         parts = [part for part in given if not (isinstance(part, list) and len(part) < 6)]
         if not parts or not all(isinstance(part, list) and len(part) % 2 == 0 and
-                                all(type(x) in (int, float) and abs(x) < math.inf for x in part)
-                                for part in parts):
+                                {*map(type, part)} <= {int, float} for part in parts):
             raise Broken("its polygon is not three or more points")
         # the tool takes memory by a polygon's length, and ends the process where there is none left
-        if any(abs(x) > FAR * max(size) for part in parts for x in part):
+        far = FAR * max(size)
+        if not all(-far <= x <= far for part in parts for x in part):       # nor nan
             raise Broken("its polygon lies far outside the image")
         return parts
     if not isinstance(given, dict) or given.get("size") != [*size]:

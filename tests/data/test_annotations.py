@@ -49,13 +49,12 @@ def test_what_is_broken_is_left_out_and_named(tmp_path):
 def test_a_polygon_keeps_its_parts_of_three_points():
     good, short = [1, 1, 5, 1, 5, 5], [1, 1, 5, 5]
     assert check_segmentation([short, good, [], good], (H, W)) == [good, good]
-    for given in ([short], [[]], [good, [1] * 7], [good, "part"], [good, [1, 2, 3, 4, 5, None]],
-                  [good[:5] + [float("nan")]]):
+    for given in ([short], [[]], [good, [1] * 7], [good, "part"], [good, [1, 2, 3, 4, 5, None]]):
         with pytest.raises(Broken, match="not three or more points"):
             check_segmentation(given, (H, W))
 
 
-@pytest.mark.parametrize("far", [5e8, -5e8, 10 ** 400, 5 * W + 1])
+@pytest.mark.parametrize("far", [5e8, -5e8, 10 ** 400, 5 * W + 1, float("nan")])
 def test_a_polygon_far_outside_its_image_is_broken(far):
     assert check_segmentation([[0, 0, 5 * W, 0, 0, 5 * W]], (H, W))
     with pytest.raises(Broken, match="its polygon lies far outside the image"):

@@ -86,9 +86,14 @@ def test_masks_come_back_from_rle(masks):
     for mask, ours in zip(given.numpy(), rles):
         assert check_segmentation(ours, (31, 17)) and check_segmentation(rle(mask), (31, 17))
         assert torch.equal(decode_masks([rle(mask)], 31, 17)[0], torch.from_numpy(mask))
-        for counts in (ours["counts"][:-1], ours["counts"] + "P", ours["counts"] + "\0"):
+        for counts in (ours["counts"][:-1], ours["counts"] + "P"):
             with pytest.raises(Broken, match="do not add up"):
                 check_segmentation(ours | {"counts": counts}, (31, 17))
+    runs = {"size": [31, 17], "counts": [400, 50, 43, 34]}
+    counts = masks.frPyObjects(runs, 31, 17)["counts"].decode()
+    assert counts[-1] == "@" and check_segmentation(runs | {"counts": counts}, (31, 17))
+    with pytest.raises(Broken, match="do not add up"):  # the same five bits
+        check_segmentation(runs | {"counts": counts[:-1] + "\0"}, (31, 17))
 
 
 @pytest.mark.parametrize("tool", ["pycocotools", "faster_coco_eval.core"])
@@ -177,7 +182,9 @@ def test_an_object_with_a_broken_mask_is_there_without_masks(tmp_path, masks):
 
 @pytest.mark.parametrize("given, has_masks, said", [
     ([], True, []),
-    ([ANNOTATIONS[0], ANNOTATIONS[3] | {"segmentation": []}], False, ["annotation 1 has no mask"]),
+    ([ANNOTATIONS[0], ANNOTATIONS[3] | {"segmentation": []},
+      annotation(4, 40, 3, [1, 1, 9, 9], [])],
+     False, ["annotation 1 has no mask: all count as boxes"]),
     ([ANNOTATIONS[3] | {"segmentation": None}], False, ["annotation 1 has no mask"]),
     ([ANNOTATIONS[0], annotation(6, 12, 3, [9, 9, 0, 0], None)], True, ["annotation 6: its box"])],
     ids=["no object", "one lacks", "all lack", "one that is broken lacks"])
@@ -227,16 +234,16 @@ def test_a_digest_is_of_the_content(tmp_path):
         return open_val(str(tmp_path / name))
     val, moved = of("a"), of("b")
     assert val.digest() == moved.digest() and len(val.digest()) == 16
-    first, *rest = ANNOTATIONS
-    others = [of("c", [first | change, *rest]) for change in (
-        {"bbox": [4, 3, 20, 15]}, {"category_id": 3}, {"iscrowd": 1}, {"area": 3}, {"image_id": 8},
+    *first, changed, last = ANNOTATIONS                 # the last of its image
+    others = [of("c", [*first, changed | change, last]) for change in (
+        {"bbox": [4, 3, 20, 15]}, {"category_id": 7}, {"iscrowd": 0}, {"area": 3}, {"image_id": 40},
         {"segmentation": [[4, 3, 24, 3, 24, 18]]})]
     others += [val, val.without_masks(), val.subset([0, 1]), val.subset([1, 0]), of("d", images=[
         {"id": number, "file_name": f"{number:012}.png", "height": H, "width": W + (number == 8)}
         for number in (12, 40, 8)])]
     others += [Scenes(DemoScenes(*about)) for about in (
         ("train", 9), ("val", 9), ("val", 8), ("val", 9, 1), ("val", 9, 0, 48))]
-    digests = [scenes.digest() for scenes in others]
+    digests = [scenes.digest() for scenes in [*others, others[-1].without_masks()]]
     assert len({*digests}) == len(digests)
     boxes = val.without_masks()
     assert val.subset([0, 2]).without_masks().digest() == boxes.subset([0, 2]).digest()
