@@ -259,7 +259,7 @@ def measure_trained(task: EvalTask) -> dict:
         raise ValueError(f"{task.source} is a trained detector, which is measured alone: --"
                          + given[0].replace("_", "-") + " is of training")
     detector, classes, recipe = load_detector(task)
-    val = open_val(options.data, options.val, options.annotations)
+    val = open_val(options.data, options.val, options.annotations, classes)
     if options.boxes_only or not (val.has_masks and task.config["masks"]):
         val = val.without_masks()
     if classes != val.classes:

@@ -182,7 +182,8 @@ def test_an_object_with_a_broken_mask_is_there_without_masks(tmp_path, masks):
 
 @pytest.mark.parametrize("given, has_masks, said", [
     ([], True, []),
-    ([ANNOTATIONS[0], ANNOTATIONS[3] | {"segmentation": []}, annotation(4, 40, 3, [1, 1, 9, 9], [])],
+    ([ANNOTATIONS[0], ANNOTATIONS[3] | {"segmentation": []},
+      annotation(4, 40, 3, [1, 1, 9, 9], [])],
      False, ["annotation 1 has no mask: all count as boxes"]),
     ([ANNOTATIONS[3] | {"segmentation": None}], False, ["annotation 1 has no mask"]),
     ([ANNOTATIONS[0], annotation(6, 12, 3, [9, 9, 0, 0], None)], True, ["annotation 6: its box"])],
