@@ -23,9 +23,14 @@ features: of every image, to a memory-mapped file.  clusters: each image's neare
 
 Each protocol is a file of evaluation/.
 """
+import os
+
+if __name__ == "__main__":
+    # Threads that spin while they wait starve the workers beside them (as in train.py).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 

@@ -150,6 +150,17 @@ def test_trunks_are_measured(precision, full, tmp_path, capsys):
 
 
 @pytest.mark.long
+def test_detectors_are_measured(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    main(["detect", "--crops=1x64", "--micro-batch=1", "--repeats=1", "--device=cpu",
+          "--precision=fp32", f"--out={out}"])
+    result, = json.loads(out.read_text())
+    for row in ("step, ms", "detections, ms"):
+        assert result[row]["ratio"] == result[row]["torchvision"] / result[row]["ours"]
+    assert "Mask R-CNN on regnety_400mf, 1 scenes of 64 pixels" in capsys.readouterr().out
+
+
+@pytest.mark.long
 def test_the_optimizer_and_sinkhorn_are_measured(tmp_path, capsys, monkeypatch):
     out = tmp_path / "bench.json"
     main(["optimizer", "--arch=regnety_200mf", "--repeats=1", "--device=cpu", f"--out={out}"])
