@@ -88,8 +88,8 @@ def choose_recipe(count: int, side: int) -> Recipe:
       it. Measured 4 times, or every 500 steps of a longer run.
     - All images are resized to the median short side, or 800 pixels where it is more.
     - Where that is below 320 pixels, the network is smaller too (64 channels, 256 proposals, 64
-      samples), about a 16th of the work for a pixel; and anchors have 4 strides, not 8, for objects
-      have fewer pixels.
+      samples), about a 16th of the work for a pixel, and its rate four times; and anchors have 4
+      strides, not 8, for objects have fewer pixels.
 
     count: images of the training set.  side: their median short side, pixels.
     """
@@ -99,7 +99,7 @@ def choose_recipe(count: int, side: int) -> Recipe:
     recipe = SEER._replace(steps=max(500, round(4 * count / 8)), batch_size=8, lr=0.04, times=4,
                            sides=(side,), longest=round(side * LONGEST))
     if side < SMALL_SIDE:
-        recipe = recipe._replace(width=64, anchor=4, proposals=256, samples=64)
+        recipe = recipe._replace(lr=0.08, width=64, anchor=4, proposals=256, samples=64)
     return recipe
 
 

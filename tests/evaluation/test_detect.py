@@ -84,8 +84,8 @@ def test_the_recipe_for_small_sets():
     assert choose_recipe(118_287, 480) == SEER
     scenes, few, photos = choose_recipe(2000, 160), choose_recipe(20, 160), choose_recipe(800, 375)
     assert (scenes.steps, few.steps, photos.steps) == (1000, 500, 500)
-    assert (scenes.width, scenes.anchor, scenes.sides) == (64, 4, (160,))
-    assert (photos.width, photos.anchor, photos.sides) == (256, 8, (375,))
+    assert (scenes.width, scenes.anchor, scenes.sides, scenes.lr) == (64, 4, (160,), 0.08)
+    assert (photos.width, photos.anchor, photos.sides, photos.lr) == (256, 8, (375,), 0.04)
 
 
 def test_flags_change_the_recipe():
