@@ -1,0 +1,166 @@
+"""Barlow Twins: two views' embeddings agree in each dimension, and no two dimensions say the same.
+
+Paper: "Barlow Twins: Self-Supervised Learning via Redundancy Reduction" (arXiv 2103.03230, section
+2.1, eq. 1 and 2); gradient accumulation as in GradCache (arXiv 2101.06983, section 3).
+
+    import torch
+    import torchvision
+    from methods.barlow_twins import BarlowTwins
+    trunk = torchvision.models.resnet18()
+    trunk.num_features, trunk.fc = 512, torch.nn.Identity()     # a trunk ends at its features
+    model = BarlowTwins(trunk, head=(256, 256))
+    outputs = model([torch.randn(2 * 4, 3, 64, 64)])            # two views of 4 images
+    gradient = model.targets(outputs, step=0)                   # (2, 4, 256)
+    model.loss(outputs, gradient).backward()
+
+The cross-correlation matrix of the views, over the images of all ranks, should be the identity. So
+the loss is no sum over micro-batches, but its gradient is: `targets` computes the whole batch's
+loss and its gradient with respect to embeddings without graph; `loss` has that value, and hands
+each micro-batch, or the only one, its rows of the gradient. A training loop calls these,
+`before_step` and `after_step`; of a batch in several micro-batches also `assigned`.
+
+Differs from the reference (facebookresearch/barlowtwins):
+- both views go through trunk and head as one batch, and BatchNorm sees them together;
+- DDP's mean of gradients is the joined batch's gradient. The reference does not differentiate its
+  all-reduce, so its gradient is W times smaller: under LARS of no effect on weight matrices;
+- the loss has a scale. The reference gives biases and BatchNorm, which its LARS does not adapt,
+  0.024 times the learning rate of weights instead.
+As there, embeddings are standardised as BatchNorm without affine does it: by the biased variance,
+to which 1e-5 is added. The paper's algorithm 1 has neither.
+
+Shapes: B images on this rank, C features, D embedding, W ranks. Rows are view-major: the first B
+are the first view's.
+"""
+from typing import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+EPS = 1e-5                   # BatchNorm's
+
+
+class BarlowTwins(nn.Module):
+    """Trunk and projection head; redundancy reduction of their outputs.
+
+    trunk: images (N, 3, s, s) -> features (N, C), with C in trunk.num_features.
+    head: widths of the projection's linear layers, BatchNorm and ReLU between; the last one is D.
+        They have no biases, for the mean is subtracted after each.
+    off_diagonal, scale: as in barlow_loss.
+    Raises ValueError for a trunk without num_features and a head of nothing.
+    """
+
+    joint = True             # targets are of the whole batch
+
+    def __init__(self, trunk: nn.Module, head: Sequence[int] = (8192, 8192, 8192),
+                 off_diagonal: float = 0.0051, scale: float = 0.024):
+        super().__init__()
+        if not hasattr(trunk, "num_features") or min(head, default=0) < 1:
+            raise ValueError(f"BarlowTwins needs a trunk with num_features and a head of at least "
+                             f"one width, not {type(trunk)} and {tuple(head)}")
+        self.trunk, self.head = trunk, nn.Sequential()
+        for w_in, w_out in zip([trunk.num_features, *head], head):
+            if len(self.head):
+                self.head.extend([nn.BatchNorm1d(w_in), nn.ReLU(inplace=True)])
+            self.head.append(nn.Linear(w_in, w_out, bias=False))
+        self.off_diagonal, self.scale = off_diagonal, scale
+        self.whole = None    # of the latest targets: loss, and number of images
+
+    def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor]:
+        """crops, two views, as tensors (count * B, 3, s, s) -> embeddings (2B, D), not normalised.
+        """
+        embeddings = self.head(torch.cat([self.trunk(images) for images in crops]))
+        return (embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)),)
+
+    def assigned(self, crops: Sequence[Tensor], all_crops: bool = False) -> tuple[Tensor]:
+        """Embeddings (2, B, D): both views have targets, whatever all_crops is."""
+        return tuple(x.unflatten(0, (2, -1)) for x in self(crops))
+
+    @torch.enable_grad()
+    def targets(self, outputs: tuple[Tensor], step: int) -> Tensor:
+        """Gradient (2, B, D) of the whole batch's loss, summed over ranks, with respect to this
+        rank's embeddings. outputs: of all images of this rank, of forward or assigned."""
+        views = outputs[0].detach().flatten(0, -2).unflatten(0, (2, -1)).requires_grad_()
+        loss = barlow_loss(*views, self.off_diagonal, self.scale)
+        self.whole = loss.detach(), views.shape[1]
+        return torch.autograd.grad(loss, views)[0]
+
+    def loss(self, outputs: tuple[Tensor], targets: Tensor) -> Tensor:
+        """The latest targets' loss; its gradient is the mean's over micro-batches of equal size.
+        outputs: of forward.  targets: (2, B, D), of the same images."""
+        value, images = self.whole
+        linear = (outputs[0] * targets.flatten(0, 1)).sum()
+        return value + images / targets.shape[1] * (linear - linear.detach())
+
+    def before_step(self, step: int) -> None:
+        """Nothing is left to do before the optimizer's step, nor after it."""
+
+    after_step = before_step
+
+    @torch.no_grad()
+    def statistics(self, outputs: tuple[Tensor], loss: Tensor) -> dict[str, float]:
+        """Of this rank's cross-correlation alone. outputs: of all its images, of forward or
+        assigned. Waits for the device.
+
+        correlation_diagonal: mean; 1 when the views agree.
+        correlation_off_diagonal: root mean square; 0 when no dimension repeats another, about
+            1 / sqrt(B) by chance, near 1 when all say the same.
+        """
+        views = outputs[0].flatten(0, -2).unflatten(0, (2, -1))          # (2, B, D)
+        c = cross_correlation(views)
+        pairs = max(1, c.numel() - len(c))
+        return {"correlation_diagonal": c.diagonal().mean().item(),
+                "correlation_off_diagonal": c.fill_diagonal_(0).norm().item() / pairs ** 0.5}
+
+
+def barlow_loss(first: Tensor, second: Tensor, off_diagonal: float = 0.0051, scale: float = 1.0,
+                group=None) -> Tensor:
+    """scale * (sum_i (1 - C_ii)^2 + off_diagonal * sum_{i != j} C_ij^2), eq. 1.
+
+    first, second: (B, D), the embeddings of two views of the same images; every rank has as many.
+    group: the ranks that share the batch; None: the default group if there is one.
+    Returns a scalar, float32 or better: the joined batch's loss, on every rank. DDP's mean of
+    gradients is its gradient, where all ranks go backward alike. Raises ValueError for other shapes.
+    """
+    if first.dim() != 2 or first.shape != second.shape:
+        raise ValueError(f"two views (B, D), not {tuple(first.shape)} and {tuple(second.shape)}")
+    alone = not (dist.is_available() and dist.is_initialized())
+    with torch.autocast(first.device.type, enabled=False):
+        views = torch.stack([first, second])                             # (2, B, D)
+        views = views.to(torch.promote_types(views.dtype, torch.float32))
+        c = cross_correlation(views, 1 if alone else dist.get_world_size(group), group)
+        diagonal = c.diagonal().clone()
+        # of 8192 dimensions C takes 268 MB: no copy of it without its diagonal is made
+        redundancy = c.fill_diagonal_(0).square().sum()
+        return scale * ((1 - diagonal).square().sum() + off_diagonal * redundancy)
+
+
+def cross_correlation(views: Tensor, ranks: int = 1, group=None) -> Tensor:
+    """(2, B, D) -> C (D, D) over the images of so many ranks (eq. 2); of 1, this one alone."""
+    def total(x: Tensor, alike: bool = False) -> Tensor:
+        return SumOverRanks.apply(x, group, ranks, alike) if ranks > 1 else x
+
+    images = ranks * views.shape[1]
+    centred = views - total(views.sum(1, keepdim=True)) / images
+    var = total(centred.square().sum(1, keepdim=True)) / images          # (2, 1, D)
+    first, second = centred * (var + EPS).rsqrt()
+    return total(first.t() @ (second / images), alike=True)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """In place. Backward, the sum of the ranks' gradients; alike: they are equal, and none is sent.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group, ranks: int, alike: bool) -> Tensor:
+        ctx.group, ctx.factor = group, ranks if alike else 0
+        dist.all_reduce(x, group=group)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradient * (ctx.factor or 1)                          # a copy, in either case
+        if not ctx.factor:
+            dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None, None, None
