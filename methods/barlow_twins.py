@@ -1,7 +1,7 @@
 """Barlow Twins: two views' embeddings agree in each dimension, and no two dimensions say the same.
 
 Paper: "Barlow Twins: Self-Supervised Learning via Redundancy Reduction" (arXiv 2103.03230, section
-2.1, eq. 1 and 2); gradient accumulation as in GradCache (arXiv 2101.06983, section 3).
+2.1, eq. 1 and 2); gradient accumulation is GradCache's (arXiv 2101.06983).
 
     import torch
     import torchvision
@@ -13,31 +13,25 @@ Paper: "Barlow Twins: Self-Supervised Learning via Redundancy Reduction" (arXiv 
     gradient = model.targets(outputs, step=0)                   # (2, 4, 256)
     model.loss(outputs, gradient).backward()
 
-The cross-correlation matrix of the views, over the images of all ranks, should be the identity. So
-the loss is no sum over micro-batches, but its gradient is: `targets` computes the whole batch's
-loss and its gradient with respect to embeddings without graph; `loss` has that value, and hands
-each micro-batch, or the only one, its rows of the gradient. A training loop calls these,
-`before_step` and `after_step`; of a batch in several micro-batches also `assigned`.
+The views' cross-correlation over the images of all ranks should be the identity matrix. The loss of
+a batch is not the mean of its micro-batches' losses. `targets` computes it from the embeddings of
+the whole batch, without their graph, and returns the gradient. `loss` has this value, and hands
+each micro-batch its rows of this gradient. A single micro-batch goes the same way.
+A training loop calls `before_step` and `after_step` too, and `assigned` for several micro-batches.
 
 Differs from the reference (facebookresearch/barlowtwins):
 - both views go through trunk and head as one batch, and BatchNorm sees them together;
-- DDP's mean of gradients is the joined batch's gradient. The reference does not differentiate its
-  all-reduce, so its gradient is W times smaller: under LARS of no effect on weight matrices;
-- the loss has a scale. The reference gives biases and BatchNorm, which its LARS does not adapt,
-  0.024 times the learning rate of weights instead.
-As there, embeddings are standardised as BatchNorm without affine does it: by the biased variance,
-to which 1e-5 is added. The paper's algorithm 1 has neither.
+- its all-reduce is not differentiated: its gradient is 1 / W of the joined batch's, as it is here;
+- instead of a scale, it has 0.024 of the learning rate for what LARS leaves alone.
+As there, embeddings are standardised like BatchNorm: by the biased variance, plus 1e-5.
 
-Shapes: B images on this rank, C features, D embedding, W ranks. Rows are view-major: the first B
-are the first view's.
+Shapes: B images on this rank, C features, D embedding, W ranks. Rows are view-major.
 """
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-EPS = 1e-5                   # BatchNorm's
 
 
 class BarlowTwins(nn.Module):
@@ -45,30 +39,27 @@ class BarlowTwins(nn.Module):
 
     trunk: images (N, 3, s, s) -> features (N, C), with C in trunk.num_features.
     head: widths of the projection's linear layers, BatchNorm and ReLU between; the last one is D.
-        They have no biases, for the mean is subtracted after each.
-    off_diagonal, scale: as in barlow_loss.
+        No biases, for a mean is subtracted after each.  off_diagonal, scale: as in barlow_loss.
     Raises ValueError for a trunk without num_features and a head of nothing.
     """
-
     joint = True             # targets are of the whole batch
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (8192, 8192, 8192),
                  off_diagonal: float = 0.0051, scale: float = 0.024):
         super().__init__()
         if not hasattr(trunk, "num_features") or min(head, default=0) < 1:
-            raise ValueError(f"BarlowTwins needs a trunk with num_features and a head of at least "
-                             f"one width, not {type(trunk)} and {tuple(head)}")
+            raise ValueError("BarlowTwins needs a trunk with num_features and a head of one width "
+                             f"or more, not {type(trunk)} and {tuple(head)}")
         self.trunk, self.head = trunk, nn.Sequential()
         for w_in, w_out in zip([trunk.num_features, *head], head):
             if len(self.head):
                 self.head.extend([nn.BatchNorm1d(w_in), nn.ReLU(inplace=True)])
             self.head.append(nn.Linear(w_in, w_out, bias=False))
         self.off_diagonal, self.scale = off_diagonal, scale
-        self.whole = None    # of the latest targets: loss, and number of images
+        self.whole = None    # loss and number of images of the latest targets
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor]:
-        """crops, two views, as tensors (count * B, 3, s, s) -> embeddings (2B, D), not normalised.
-        """
+        """crops, one (count * B, 3, s, s) per size -> embeddings (2B, D), not normalised."""
         embeddings = self.head(torch.cat([self.trunk(images) for images in crops]))
         return (embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)),)
 
@@ -99,18 +90,12 @@ class BarlowTwins(nn.Module):
 
     @torch.no_grad()
     def statistics(self, outputs: tuple[Tensor], loss: Tensor) -> dict[str, float]:
-        """Of this rank's cross-correlation alone. outputs: of all its images, of forward or
-        assigned. Waits for the device.
-
-        correlation_diagonal: mean; 1 when the views agree.
-        correlation_off_diagonal: root mean square; 0 when no dimension repeats another, about
-            1 / sqrt(B) by chance, near 1 when all say the same.
-        """
-        views = outputs[0].flatten(0, -2).unflatten(0, (2, -1))          # (2, B, D)
-        c = cross_correlation(views)
-        pairs = max(1, c.numel() - len(c))
-        return {"correlation_diagonal": c.diagonal().mean().item(),
-                "correlation_off_diagonal": c.fill_diagonal_(0).norm().item() / pairs ** 0.5}
+        """Of C on this rank. outputs: of all its images, of forward or assigned. Waits for the
+        device. correlation_diagonal: mean; 1 when the views agree.  correlation_off_diagonal: root
+        mean square; 1 / sqrt(B) by chance, 1 when all dimensions say the same."""
+        c = cross_correlation(outputs[0].flatten(0, -2).unflatten(0, (2, -1)))
+        return {"correlation_diagonal": c.diagonal().mean().item(), "correlation_off_diagonal":
+                c.fill_diagonal_(0).norm().item() / max(1, c.numel() - len(c)) ** 0.5}
 
 
 def barlow_loss(first: Tensor, second: Tensor, off_diagonal: float = 0.0051, scale: float = 1.0,
@@ -120,7 +105,8 @@ def barlow_loss(first: Tensor, second: Tensor, off_diagonal: float = 0.0051, sca
     first, second: (B, D), the embeddings of two views of the same images; every rank has as many.
     group: the ranks that share the batch; None: the default group if there is one.
     Returns a scalar, float32 or better: the joined batch's loss, on every rank. DDP's mean of
-    gradients is its gradient, where all ranks go backward alike. Raises ValueError for other shapes.
+    gradients is its gradient, where all ranks go backward alike. At most four matrices (D, D) exist
+    at a time. Raises ValueError for other shapes.
     """
     if first.dim() != 2 or first.shape != second.shape:
         raise ValueError(f"two views (B, D), not {tuple(first.shape)} and {tuple(second.shape)}")
@@ -129,10 +115,9 @@ def barlow_loss(first: Tensor, second: Tensor, off_diagonal: float = 0.0051, sca
         views = torch.stack([first, second])                             # (2, B, D)
         views = views.to(torch.promote_types(views.dtype, torch.float32))
         c = cross_correlation(views, 1 if alone else dist.get_world_size(group), group)
-        diagonal = c.diagonal().clone()
-        # of 8192 dimensions C takes 268 MB: no copy of it without its diagonal is made
-        redundancy = c.fill_diagonal_(0).square().sum()
-        return scale * ((1 - diagonal).square().sum() + off_diagonal * redundancy)
+        invariance = (1 - c.diagonal()).square().sum()
+        redundancy = c.fill_diagonal_(0).square().sum()      # of 8192 dimensions C takes 268 MB
+        return scale * (invariance + off_diagonal * redundancy)
 
 
 def cross_correlation(views: Tensor, ranks: int = 1, group=None) -> Tensor:
@@ -143,24 +128,22 @@ def cross_correlation(views: Tensor, ranks: int = 1, group=None) -> Tensor:
     images = ranks * views.shape[1]
     centred = views - total(views.sum(1, keepdim=True)) / images
     var = total(centred.square().sum(1, keepdim=True)) / images          # (2, 1, D)
-    first, second = centred * (var + EPS).rsqrt()
+    first, second = centred * (var + 1e-5).rsqrt()                     # BatchNorm's eps
     return total(first.t() @ (second / images), alike=True)
 
 
 class SumOverRanks(torch.autograd.Function):
-    """In place. Backward, the sum of the ranks' gradients; alike: they are equal, and none is sent.
-    """
-
+    """In place. Backward the same sum of gradients, of which none is sent if all are alike."""
     @staticmethod
     def forward(ctx, x: Tensor, group, ranks: int, alike: bool) -> Tensor:
-        ctx.group, ctx.factor = group, ranks if alike else 0
+        ctx.group, ctx.ranks, ctx.alike = group, ranks, alike
         dist.all_reduce(x, group=group)
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradient * (ctx.factor or 1)                          # a copy, in either case
-        if not ctx.factor:
+        gradient = (gradient * (ctx.ranks if ctx.alike else 1)).contiguous()
+        if not ctx.alike:
             dist.all_reduce(gradient, group=ctx.group)
         return gradient, None, None, None

@@ -1,7 +1,7 @@
 """SimCLR: learn features by finding an image's other view among all views of the batch.
 
 Paper: "A Simple Framework for Contrastive Learning of Visual Representations" (arXiv 2002.05709,
-section 2.1, eq. 1); gradient accumulation as in GradCache (arXiv 2101.06983, section 3).
+section 2.1, eq. 1); gradient accumulation is GradCache's (arXiv 2101.06983).
 
     import torch
     import torchvision
@@ -13,24 +13,23 @@ section 2.1, eq. 1); gradient accumulation as in GradCache (arXiv 2101.06983, se
     gradient = model.targets(outputs, step=0)                   # (2, 4, 128)
     model.loss(outputs, gradient).backward()
 
-A row's positive is the other view of its image; all other images' rows, of all ranks, are
-negatives. So the loss is no sum over micro-batches, but its gradient is: `targets` computes the
-whole batch's loss and its gradient with respect to embeddings without graph; `loss` has that value,
-and hands each micro-batch, or the only one, its rows of the gradient. A training loop calls these,
-`before_step` and `after_step`; of a batch in several micro-batches also `assigned`.
+A row's positive is the other view of its image; all other rows, of all ranks, are its negatives. So
+the loss of a batch is not the mean of its micro-batches' losses. `targets` computes it from the
+embeddings of the whole batch, without their graph, and returns the gradient. `loss` has this value,
+and hands each micro-batch its rows of this gradient. A single micro-batch goes the same way.
+A training loop calls `before_step` and `after_step` too, and `assigned` for several micro-batches.
 
 Differs from the reference (google-research/simclr, and VISSL's configuration of it):
-- the mean over rows, as the paper and VISSL have it; google-research's loss is twice as large;
+- a mean over rows, as in the paper and VISSL: half of google-research's;
 - the head is VISSL's 2048-2048-128 with biases; head_bn adds BatchNorm before each ReLU, where
   google-research has it after every layer, the last one too, and no biases before it;
-- of more than two views each other one is a positive, and all rows are in the denominator (SupCon,
-  arXiv 2004.11362, eq. 2, an image being a class); VISSL leaves the other positives out.
+- with more than two views, each other view is a positive, and all rows are in the denominator
+  (SupCon, arXiv 2004.11362, eq. 2, an image being a class); VISSL leaves other positives out.
 
-Shapes: B images on this rank, V views, C features, D embedding, W ranks. Rows are view-major: rows
-i*B .. (i+1)*B belong to view i.
+Shapes: B images on this rank, V views, C features, D embedding, W ranks. Rows are view-major.
 """
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -46,15 +45,14 @@ class SimCLR(nn.Module):
     head_bn: BatchNorm before each ReLU.  views: V, of an image, all of which are compared.
     Raises ValueError for a trunk without num_features, a head of nothing, fewer than 2 views.
     """
-
     joint = True             # targets are of the whole batch
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (2048, 128), head_bn: bool = False,
                  temperature: float = 0.1, views: int = 2):
         super().__init__()
         if not hasattr(trunk, "num_features") or min(head, default=0) < 1 or views < 2:
-            raise ValueError(f"SimCLR needs a trunk with num_features, a head of at least one "
-                             f"width and two views, not {type(trunk)}, {tuple(head)} and {views}")
+            raise ValueError("SimCLR needs a trunk with num_features, a head of one width or more, "
+                             f"two views or more, not {type(trunk)}, {tuple(head)}, {views}")
         self.trunk, self.head = trunk, nn.Sequential()
         for w_in, w_out in zip([trunk.num_features, *head], head):
             if len(self.head):
@@ -62,7 +60,7 @@ class SimCLR(nn.Module):
                 self.head.append(nn.ReLU(inplace=True))
             self.head.append(nn.Linear(w_in, w_out))
         self.temperature, self.views = temperature, views
-        self.whole = None    # of the latest targets: loss, and number of images
+        self.whole = None    # loss and number of images of the latest targets
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor]:
         """crops, one (count * B, 3, s, s) per size -> embeddings (V*B, D), not normalised."""
@@ -96,16 +94,14 @@ class SimCLR(nn.Module):
 
     def statistics(self, outputs: tuple[Tensor], loss: Tensor) -> dict[str, float]:
         """outputs: of all images of this rank, of forward or assigned. Waits for the device.
-
         contrastive_accuracy: share of rows whose nearest row on this rank is of the same image.
-        loss_over_ln_candidates: loss / ln(W*V*B - 1); 1 when all embeddings are one point.
-        """
+        loss_over_ln_candidates: loss / ln(W*V*B - 1); 1 when all embeddings are one point."""
         z = F.normalize(outputs[0].detach().flatten(0, -2), dim=1)       # (V*B, D)
         nearest = (z @ z.t()).fill_diagonal_(-math.inf).argmax(1)
         off = (nearest - torch.arange(len(z), device=z.device)) % (len(z) // self.views)
-        candidates = rank_and_world()[1] * len(z) - 1
+        candidates = max(2, rank_and_world()[1] * len(z) - 1)
         return {"contrastive_accuracy": (off == 0).float().mean().item(),
-                "loss_over_ln_candidates": loss.item() / math.log(max(candidates, 2))}
+                "loss_over_ln_candidates": loss.item() / math.log(candidates)}
 
 
 def nt_xent(embeddings: Tensor, temperature: float = 0.1, group=None, views: int = 2) -> Tensor:
@@ -114,8 +110,8 @@ def nt_xent(embeddings: Tensor, temperature: float = 0.1, group=None, views: int
     embeddings: (2B, D), or (V*B, D), view-major, not normalised; every rank has as many.
     group: the ranks that share the batch; None: the default group if there is one.
     Returns a scalar, float32 or better: the mean over rows and their positives. The mean over ranks
-    is the joined batch's loss, DDP's mean of gradients its gradient. Takes memory for three
-    matrices (V*B, W*V*B). Raises ValueError for rows that do not fit the views.
+    is the joined batch's loss, and DDP's mean of gradients that loss' gradient. Takes memory for a
+    few matrices (V*B, W*V*B). Raises ValueError for rows that do not fit the views.
     """
     if embeddings.dim() != 2 or not len(embeddings) or views < 2 or len(embeddings) % views:
         raise ValueError(f"{tuple(embeddings.shape)} are not rows of {views} views, at least 2")
@@ -124,16 +120,15 @@ def nt_xent(embeddings: Tensor, temperature: float = 0.1, group=None, views: int
         z = F.normalize(embeddings.to(wide), dim=1)                      # (V*B, D)
         rank, world = rank_and_world(group)
         all_ranks = GatherRows.apply(z, group) if world > 1 else z       # (W*V*B, D)
-        similarity = z @ all_ranks.t() / temperature                     # (V*B, W*V*B)
         own = rank * len(z) + torch.arange(len(z), device=z.device)      # each row's own column
-        log_p = similarity.scatter_(1, own[:, None], -math.inf).log_softmax(1)
+        similarity = (z @ all_ranks.t()).scatter_(1, own[:, None], -math.inf)        # (V*B, W*V*B)
+        log_p = (similarity / temperature).log_softmax(1)
         positives = torch.stack([own.roll(i * len(z) // views) for i in range(1, views)], dim=1)
         return -log_p.gather(1, positives).mean()
 
 
 class GatherRows(torch.autograd.Function):
     """Rows (N, D) -> those of all ranks (W*N, D). A row's gradient is the sum of the ranks'."""
-
     @staticmethod
     def forward(ctx, rows: Tensor, group) -> Tensor:
         ctx.group = group
