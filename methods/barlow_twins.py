@@ -21,7 +21,7 @@ A training loop calls `before_step` and `after_step` too, and `assigned` for sev
 
 Differs from the reference (facebookresearch/barlowtwins):
 - both views go through trunk and head as one batch, and BatchNorm sees them together;
-- its all-reduce is not differentiated: its gradient is 1 / W of the joined batch's, as it is here;
+- the gradient is the joined batch's; there it is 1 / W of that, by an all-reduce without gradient;
 - instead of a scale, it has 0.024 of the learning rate for what LARS leaves alone.
 As there, embeddings are standardised like BatchNorm: by the biased variance, plus 1e-5.
 
