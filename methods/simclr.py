@@ -132,9 +132,9 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, group) -> Tensor:
         ctx.group = group
-        of_ranks = rows.new_empty(len(rows) * dist.get_world_size(group), rows.shape[1])
-        dist.all_gather_into_tensor(of_ranks, rows.contiguous(), group=group)
-        return of_ranks
+        of_ranks = rows.new_empty(dist.get_world_size(group), *rows.shape)          # (W, N, D)
+        dist.all_gather(list(of_ranks), rows.contiguous(), group=group)
+        return of_ranks.flatten(0, 1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
