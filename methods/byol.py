@@ -53,7 +53,7 @@ class BYOL(nn.Module):
     momentum: tau at the first step; it rises to 1.  steps: of the whole run.
     Raises ValueError for a trunk without num_features, and for widths that do not fit.
     """
-    joint = False               # targets of a micro-batch need no other
+    joint = False               # a micro-batch's targets need no other
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (4096, 256),
                  predictor: Sequence[int] = (4096, 256), *, momentum: float = 0.996, steps: int):
@@ -62,26 +62,23 @@ class BYOL(nn.Module):
             raise ValueError(f"BYOL's projection and predictor end at the same width, not as "
                              f"{tuple(head)} and {tuple(predictor)} do")
         if not isinstance(getattr(trunk, "num_features", None), int):
-            raise ValueError("BYOL's trunk is a module that returns features (B, num_features) "
-                             "and has that number as num_features")
+            raise ValueError("BYOL's trunk returns features (N, C), and has C as num_features")
         self.trunk = trunk
         self.head = perceptron([trunk.num_features, *head])
         self.predictor = perceptron([head[-1], *predictor])
         # note: in training mode, as in the reference; its running statistics are of its own batches
-        self.target_trunk = deepcopy(self.trunk).requires_grad_(False)
-        self.target_head = deepcopy(self.head).requires_grad_(False)
+        self.target = deepcopy(nn.Sequential(self.trunk, self.head)).requires_grad_(False)
         self.momentum, self.steps = momentum, steps
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """crops: [(2B, 3, s, s)] -> projections, predictions, the target's projections (2B, D).
         Raises ValueError where crops are of more than one size."""
         if len(crops) != 1 or len(crops[0]) % 2:
-            raise ValueError(f"BYOL takes two views of one size, not {[len(x) for x in crops]} "
-                             "crops of each size")
+            raise ValueError(f"BYOL takes two views of one size, not {list(map(len, crops))} crops")
         projections = self.head(self.trunk(crops[0]))                    # (2B, D)
         predictions = self.predictor(projections)                        # (2B, D)
         with torch.no_grad():
-            targets = self.target_head(self.target_trunk(crops[0]))      # (2B, D)
+            targets = self.target(crops[0])                              # (2B, D)
         return wide(projections), wide(predictions), wide(targets)
 
     def targets(self, outputs: tuple[Tensor, ...], step: int) -> Tensor:
@@ -96,10 +93,12 @@ class BYOL(nn.Module):
     def before_step(self, step: int) -> None:
         """Between backward and the optimizer's step: nothing."""
 
+    @torch.no_grad()
     def after_step(self, step: int) -> None:
         """After the optimizer's step; not called where a step is skipped. Eq. 1."""
-        follow([self.target_trunk, self.target_head], [self.trunk, self.head],
-               momentum_at(step, self.steps, self.momentum))
+        online = [*self.trunk.parameters(), *self.head.parameters()]
+        tau = momentum_at(step, self.steps, self.momentum)
+        torch._foreach_lerp_(list(self.target.parameters()), online, 1 - tau)
 
     @torch.no_grad()
     def statistics(self, outputs: tuple[Tensor, ...], loss: Tensor) -> dict[str, float]:
@@ -121,14 +120,6 @@ def byol_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 def momentum_at(step: int, steps: int, start: float) -> float:
     """tau: `start` at step 0, rising to 1 at `steps` by half a cosine (section 3.3)."""
     return 1 - (1 - start) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
-
-
-@torch.no_grad()
-def follow(targets: Sequence[nn.Module], online: Sequence[nn.Module], momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * online, of all parameters, in place."""
-    theirs, ours = ([p for module in modules for p in module.parameters()]
-                    for modules in (targets, online))
-    torch._foreach_lerp_(theirs, ours, 1 - momentum)
 
 
 def perceptron(widths: Sequence[int]) -> nn.Sequential:

@@ -19,22 +19,17 @@ vectors. The queue holds the keys of the last L images. Of each query, with its 
 
     L = -log( exp(q.k+ / tau) / (exp(q.k+ / tau) + sum over the queue of exp(q.k / tau)) )  (eq. 1)
 
-and after each step the weights of the key encoder follow those of the query encoder,
-
-    theta_k <- m theta_k + (1 - m) theta_q                                                  (eq. 2)
-
-and the batch's keys, of all ranks, take the place of the oldest in the queue. v2 is v1 with a
-projection head of two layers, tau 0.2 instead of 0.07, and blur.
+and after each step the key encoder follows, theta_k <- m theta_k + (1 - m) theta_q (eq. 2), and the
+batch's keys, of all ranks, take the place of the oldest in the queue. v2 is v1 with a projection
+head of two layers, tau 0.2 instead of 0.07, and blur.
 
 A training loop calls `forward`, `targets`, `loss`, `before_step` and `after_step`.
 
 Differs from the reference (facebookresearch/moco):
-- no shuffling of images over GPUs, with which the reference keeps BatchNorm from telling which keys
-  belong to which queries: SyncBatchNorm, applied from outside, stands for it. On one process the
-  key encoder's BatchNorm sees one batch of keys, in the queries' order;
-- the queue is kept newest first, so that a batch need not divide its length; it is pushed, and the
-  key encoder follows, after the optimizer's step instead of in the next forward pass;
-- of a batch in several micro-batches the queue changes once, after the last;
+- keys are not shuffled over GPUs, so that BatchNorm cannot tell whose they are: SyncBatchNorm,
+  applied from outside, stands for it; on one process there is no shuffling;
+- the queue is newest first, so a batch need not divide its length; it is pushed once a step, and
+  the key encoder follows, after the optimizer's step;
 - queries, keys, similarities and loss are float32 or better whatever autocast does.
 
 Shapes: B images, C features, D embedding, L queue length.
@@ -57,7 +52,7 @@ class MoCo(nn.Module):
     queue: L, of all ranks together.  momentum: m.  temperature: tau.
     Raises ValueError for a trunk without num_features, and a head or queue of nothing.
     """
-    joint = False               # targets of a micro-batch need no other
+    joint = False               # a micro-batch's targets need no other
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (2048, 128), queue: int = 65536,
                  momentum: float = 0.999, temperature: float = 0.2):
@@ -66,15 +61,13 @@ class MoCo(nn.Module):
             raise ValueError(f"MoCo needs a head of at least one width and a queue of at least one "
                              f"key, not {tuple(head)} and {queue}")
         if not isinstance(getattr(trunk, "num_features", None), int):
-            raise ValueError("MoCo's trunk is a module that returns features (B, num_features) "
-                             "and has that number as num_features")
+            raise ValueError("MoCo's trunk returns features (N, C), and has C as num_features")
         self.trunk, self.head = trunk, nn.Sequential()
         widths = [trunk.num_features, *head]
         for i, (w_in, w_out) in enumerate(zip(widths, widths[1:])):
             self.head.extend([nn.ReLU(inplace=True)] if i else [])
             self.head.append(nn.Linear(w_in, w_out))
-        self.key_trunk = deepcopy(self.trunk).requires_grad_(False)
-        self.key_head = deepcopy(self.head).requires_grad_(False)
+        self.key = deepcopy(nn.Sequential(self.trunk, self.head)).requires_grad_(False)
         # random at first, as in the reference, and of one seed: the same on all ranks
         self.register_buffer("queue", F.normalize(torch.randn(queue, head[-1]), dim=1))  # (L, D)
         self.momentum, self.temperature = momentum, temperature
@@ -84,43 +77,39 @@ class MoCo(nn.Module):
         """crops: [(2B, 3, s, s)] -> queries (B, D), keys (B, D), of unit length, and similarities
         (B, 1 + L). Raises ValueError where crops are of more than one size."""
         if len(crops) != 1 or len(crops[0]) % 2:
-            raise ValueError(f"MoCo takes two views of one size, not {[len(x) for x in crops]} "
-                             "crops of each size")
+            raise ValueError(f"MoCo takes two views of one size, not {list(map(len, crops))} crops")
         first, second = crops[0].chunk(2)                                # (B, 3, s, s)
         queries = unit(self.head(self.trunk(first)))                     # (B, D)
         with torch.no_grad():
-            keys = unit(self.key_head(self.key_trunk(second)))           # (B, D)
+            keys = unit(self.key(second))                                # (B, D)
         return queries, keys, similarities(queries, keys, self.queue)
 
     def targets(self, outputs: tuple[Tensor, ...], step: int) -> Tensor:
-        """The keys, (1, B, D), which are kept for the queue. outputs: of forward."""
-        self.collected.append(outputs[1].detach())
-        return self.collected[-1][None]
+        """The keys (1, B, D), which are collected for the queue. outputs: of forward."""
+        self.collected.append(outputs[1])
+        return outputs[1][None]
 
     def loss(self, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
         """Eq. 1. outputs: of forward, whose similarities are to the targets, (1, B, D), already."""
         return contrast(outputs[2], self.temperature)
 
     def before_step(self, step: int) -> None:
-        """Between backward and the optimizer's step. The keys of a step that is skipped are
-        dropped at the next one."""
+        """Between backward and the optimizer's step; the keys of a skipped step are dropped."""
         self.latest, self.collected = self.collected, []
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """After the optimizer's step; not called where a step is skipped. Eq. 2, and the queue: a
-        collective."""
-        key, query = ([p for module in encoder for p in module.parameters()] for encoder in
-                      ((self.key_trunk, self.key_head), (self.trunk, self.head)))
-        torch._foreach_lerp_(key, query, 1 - self.momentum)
-        keys = of_all_ranks(torch.cat(self.latest))                      # (ranks * B, D)
-        self.queue.copy_(torch.cat([keys.to(self.queue), self.queue])[:len(self.queue)])
+        """After the optimizer's step; not called where a step is skipped. A collective."""
+        query = [*self.trunk.parameters(), *self.head.parameters()]
+        torch._foreach_lerp_(list(self.key.parameters()), query, 1 - self.momentum)
+        keys = of_all_ranks(torch.cat(self.latest)).to(self.queue)       # (ranks * B, D)
+        self.queue.copy_(torch.cat([keys, self.queue])[:len(self.queue)])
 
     @torch.no_grad()
     def statistics(self, outputs: tuple[Tensor, ...], loss: Tensor) -> dict[str, float]:
-        """outputs: of forward. Waits for the device: for log steps only.
+        """outputs: of forward. Waits for the device.
 
-        loss_over_ln_keys: loss over ln(L + 1); 1 when a key is as good as any other.
+        loss_over_ln_keys: loss / ln(L + 1); 1 when a key is as good as any other.
         own_key_nearest: share of the queries whose own key is nearer than all of the queue.
         """
         own, others = outputs[2][:, 0], outputs[2][:, 1:].amax(1)
@@ -129,10 +118,7 @@ class MoCo(nn.Module):
 
 
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
-    """Cross-entropy of finding a query's own key among it and the queue (eq. 1), a scalar.
-
-    queries, keys: (B, D).  queue: (L, D).  Of any length: they are normalised here.
-    """
+    """Eq. 1, a mean. queries, keys: (B, D).  queue: (L, D).  Of any norm: normalised here."""
     return contrast(similarities(*map(unit, (queries, keys, queue))), temperature)
 
 
