@@ -21,10 +21,10 @@ With student s, teacher t, centre c, the two large crops x1 and x2, and V all cr
     then  theta_t <- lambda theta_t + (1 - lambda) theta_s,  lambda rising to 1 by a cosine,
     and   c <- m c + (1 - m) mean of t(x), of the whole batch                               (eq. 4)
 
-The centre keeps one output from taking all, a small tau_t all from becoming equal. Differs from the
-reference (facebookresearch/dino):
-- tau_t rises with each step, not each epoch;
-- bottleneck, outputs, softmaxes, loss and centre are float32 or better whatever autocast does.
+The centre keeps one output from taking all, a small tau_t all from becoming equal.
+
+Differs from the reference (facebookresearch/dino): tau_t rises with each step, not each epoch;
+bottleneck, outputs, softmaxes, loss and centre are float32 or better whatever autocast does.
 
 Shapes: B images, V crops, C features, D bottleneck, K outputs. Rows are crop-major.
 """
@@ -141,8 +141,7 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, num_crops: int,
     """Eq. 3, of s(x) (V*B, K), t(x) (2*B, K) of crops 0 and 1, c (K,) and V; no gradient to t(x).
     Raises ValueError where the numbers of rows do not fit num_crops."""
     if num_crops < 2 or len(student) * 2 != num_crops * len(teacher) or len(teacher) % 2:
-        raise ValueError(f"{len(student)} rows of the student and {len(teacher)} of the teacher "
-                         f"do not fit {num_crops} crops, at least 2")
+        raise ValueError(f"{len(student)} and {len(teacher)} rows do not fit {num_crops} and 2 crops")
     wide = torch.promote_types(student.dtype, torch.float32)
     p = torch.softmax((teacher.detach().to(wide) - center) / teacher_temperature, dim=1)
     log_p = F.log_softmax(student.to(wide) / student_temperature, 1).unflatten(0, (num_crops, -1))
