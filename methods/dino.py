@@ -23,8 +23,8 @@ With student s, teacher t, centre c, the two large crops x1 and x2, and V all cr
 
 The centre keeps one output from taking all, a small tau_t all from becoming equal.
 
-Differs from the reference (facebookresearch/dino): tau_t rises with each step, not each epoch;
-bottleneck, outputs, softmaxes, loss and centre are float32 or better whatever autocast does.
+Differs from the reference (facebookresearch/dino): tau_t rises by steps, not epochs; at any width the
+head begins with the gain of 2048's; all after the head is float32 or better whatever autocast does.
 
 Shapes: B images, V crops, C features, D bottleneck, K outputs. Rows are crop-major.
 """
@@ -125,7 +125,7 @@ class Head(nn.Module):
         for i, (w_in, w_out) in enumerate(zip(widths, widths[1:])):
             self.mlp.extend(([nn.BatchNorm1d(w_in)] if bn else []) + [nn.GELU()] if i else [])
             self.mlp.append(nn.Linear(w_in, w_out))
-            nn.init.trunc_normal_(self.mlp[-1].weight, std=0.02)         # as the reference's
+            nn.init.trunc_normal_(self.mlp[-1].weight, std=0.02 * (2048 / w_in) ** 0.5)
             nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, num_crops: int,
     """Eq. 3, of s(x) (V*B, K), t(x) (2*B, K) of crops 0 and 1, c (K,) and V; no gradient to t(x).
     Raises ValueError where the numbers of rows do not fit num_crops."""
     if num_crops < 2 or len(student) * 2 != num_crops * len(teacher) or len(teacher) % 2:
-        raise ValueError(f"{len(student)} and {len(teacher)} rows do not fit {num_crops} and 2 crops")
+        raise ValueError(f"{len(student)} and {len(teacher)} rows do not fit {num_crops}, 2 crops")
     wide = torch.promote_types(student.dtype, torch.float32)
     p = torch.softmax((teacher.detach().to(wide) - center) / teacher_temperature, dim=1)
     log_p = F.log_softmax(student.to(wide) / student_temperature, 1).unflatten(0, (num_crops, -1))

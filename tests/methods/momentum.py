@@ -37,10 +37,12 @@ def double(cls, seed=0, **options):
 
 
 def images(counts, batch, seed=0):
-    """Crops of `batch` images, one tensor a size, the second size half as large as the first."""
+    """Crops of `batch` images, one tensor a size, the second size half as large as the first. The
+    crops of an image are of one colour, and noise."""
     generator = torch.Generator().manual_seed(seed)
+    colours = torch.randn(batch, 3, 1, 1, generator=generator).double()
     return [torch.randn(count * batch, 3, 16 >> i, 16 >> i, generator=generator).double()
-            for i, count in enumerate(counts)]
+            + 2 * colours.repeat(count, 1, 1, 1) for i, count in enumerate(counts)]
 
 
 def split(crops, counts, n):

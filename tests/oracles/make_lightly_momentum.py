@@ -4,7 +4,8 @@
     python -m tests.oracles.make_lightly_momentum
 
 `NegativeCosineSimilarity`, -cos, of which BYOL's loss is 2 + 2 times the mean; `NTXentLoss` with a
-memory bank that holds the queue; `DINOLoss` with a given centre. In float64.
+memory bank that holds the queue; `DINOLoss` with a given centre. In float64, but for its
+temperature of the teacher, which is rounded to float32: powers of 2.
 """
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def dino(seed, crops, student_temperature, teacher_temperature):
 
 def make() -> dict:
     return {"byol": [byol(0), byol(1)], "moco": [moco(0, 0.2), moco(1, 0.07)],
-            "dino": [dino(0, 2, 0.1, 0.04), dino(1, 5, 0.2, 0.07)]}
+            "dino": [dino(0, 2, 0.1, 2 ** -4), dino(1, 5, 0.2, 2 ** -3)]}
 
 
 if __name__ == "__main__":
