@@ -23,8 +23,8 @@ With student s, teacher t, centre c, the two large crops x1 and x2, and V all cr
 
 The centre keeps one output from taking all, a small tau_t all from becoming equal.
 
-Differs from the reference (facebookresearch/dino): tau_t rises by steps, not epochs; the head begins
-with the gain of 2048's at any width; what follows is float32 or better whatever autocast does.
+Differs from the reference (facebookresearch/dino): tau_t rises by steps, not epochs; heads of any
+width begin with the gain of 2048's; what follows is float32 or better whatever autocast does.
 
 Shapes: B images, V crops, C features, D bottleneck, K outputs. Rows are crop-major.
 """
