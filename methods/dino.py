@@ -61,8 +61,8 @@ class DINO(nn.Module):
         self.trunk, self.head = trunk, Head([trunk.num_features, *head], prototypes, head_bn)
         self.teacher = deepcopy(nn.Sequential(self.trunk, self.head)).requires_grad_(False)
         self.register_buffer("center", torch.zeros(prototypes))          # (K,)
-        self.momentum, self.steps, self.warmup, self.frozen = momentum, steps, warmup, frozen_steps
-        self.temperatures = student_temperature, *teacher_temperature
+        self.momentum, self.steps, self.frozen_steps = momentum, steps, frozen_steps
+        self.warmup, self.temperatures = warmup, (student_temperature, *teacher_temperature)
         self.counts, self.collected, self.latest = list(counts), [], []  # lists of mean t(x), (K,)
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +88,7 @@ class DINO(nn.Module):
     def before_step(self, step: int) -> None:
         """Between backward and the optimizer's step; what a skipped step collected is dropped."""
         self.latest, self.collected = self.collected, []
-        if step < self.frozen:
+        if step < self.frozen_steps:
             self.head.last.weight.grad = None       # dropped, not turned off: DDP expects it
 
     @torch.no_grad()
