@@ -117,7 +117,7 @@ def assert_ranks_equal_the_joined_batch(cls, options, counts, batch, tmp_path, m
     alone = double(cls, **options)
     expected = run_steps(alone, counts, batch)
     results = run_ranks(two_ranks, tmp_path, cls.__module__, cls.__name__, options, counts, batch,
-                        micro_batches)
+                        micro_batches, timeout=900)
     for mine, other, loss in zip(results[0][0], results[1][0], expected):
         assert abs(mine - other) > 1e-6                     # the ranks had different images
         torch.testing.assert_close((mine + other) / 2, loss, rtol=0, atol=1e-10)
