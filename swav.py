@@ -56,6 +56,7 @@ class SwAV(nn.Module):
     frozen_steps: first steps, in which the prototypes stay as they began.
     Raises ValueError for a trunk without num_features, and a head or prototypes of nothing.
     """
+    joint = True             # codes are of the whole batch, however it is computed
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (8192, 8192, 256),
                  prototypes: int = 16000, head_bn: bool = False, *, counts: Sequence[int] = (2, 4),

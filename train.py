@@ -81,7 +81,8 @@ def step_gradients(run: Run, step: int, micro_batches: list) -> tuple[Tensor, tu
     the first it needs them too (run.all_crops), for the same scores.
     """
     method, n = run.method, len(micro_batches)
-    if n > 1:
+    joint = n > 1 and method.joint
+    if joint:
         with torch.no_grad(), frozen_statistics(method), autocast(run.device, run.dtype):
             parts = zip(*[method.assigned(crops, run.all_crops) for crops in micro_batches])
         joined = tuple(torch.cat(same, dim=1) for same in parts)        # (A, n*B, D), (A, n*B, K)
@@ -93,11 +94,11 @@ def step_gradients(run: Run, step: int, micro_batches: list) -> tuple[Tensor, tu
             # an autocast of its own: weights that were cast without gradient must not be reused
             with autocast(run.device, run.dtype):
                 outputs = run.wrapped(crops)                # embeddings (V*B, D), scores (V*B, K)
-            target = targets[i] if n > 1 else method.targets(outputs, step)     # codes (A, B, K)
+            target = targets[i] if joint else method.targets(outputs, step)     # codes (A, B, K)
             loss = method.loss(outputs, target) / n         # swapped prediction, eq. 2
             backward(run.wrapped, run.scaler.scale(loss), last=i == n - 1)
         total += loss.detach()
-    return total, joined if n > 1 else tuple(x.detach() for x in outputs)
+    return total, joined if joint else tuple(x.detach() for x in outputs)
 
 
 def train(run: Run) -> None:

@@ -6,8 +6,9 @@
 What a training loop needs of a method, as SwAV (swav.py) has it. `outputs` is what forward gives, a
 tuple of tensors whose rows are crop-major; A views of an image have targets, B images.
 
-    forward(crops, one tensor per size) -> outputs
+    forward(crops, one tensor per size) -> outputs, the embeddings first
     targets(outputs, step) -> (A, B, ...), without gradient
+    joint: whether targets are of the whole batch; else micro-batches have their own
     loss(outputs, targets) -> scalar
     before_step(step), after_step(step): before and after the optimizer's; after_step only where
         the step was not skipped
@@ -17,8 +18,11 @@ tuple of tensors whose rows are crop-major; A views of an image have targets, B 
         dimension. all_crops: whether all go through the network, as BatchNorm of the head needs it
     .trunk, the product; .queue, a swav.Queue or None
 
-What targets changes is a buffer, or is overwritten at the next step: so a skipped step leaves no
-trace (training/rollback.py).
+The mean of the loss over micro-batches and ranks is the batch's. A momentum encoder, a centre, a
+memory are parameters without gradient or buffers, the same on all ranks. What targets changes is a
+buffer, or is overwritten at the next step: so a skipped step leaves no trace
+(training/rollback.py). train.py takes SwAV alone so far; the other files of this folder are to be
+called from other code.
 """
 from dataclasses import replace
 
