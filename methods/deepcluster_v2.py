@@ -67,7 +67,7 @@ class DeepCluster(nn.Module):
                  iterations: int = 10, *, steps_per_epoch: float, seed: int = 0, head_bn=True):
         super().__init__()
         if sum(counts) < 2 or not 1 <= min(prototypes) <= max(prototypes) <= images:
-            raise ValueError(f"not two crops, {counts}, or not 1 to {images} clusters, {prototypes}")
+            raise ValueError(f"not 2 crops: {counts}, or not 1 to {images} clusters: {prototypes}")
         self.trunk, self.head = trunk, nn.Sequential(nn.Linear(trunk.num_features, head[0]))
         for w_in, w_out in zip(head, head[1:]):
             self.head.extend([nn.BatchNorm1d(w_in)] * head_bn + [nn.ReLU(), nn.Linear(w_in, w_out)])
@@ -118,18 +118,18 @@ class DeepCluster(nn.Module):
         epoch = int((step + 1 + 1e-6) / self.steps_per_epoch)           # 1e-6: rounding
         if epoch == int(self.epoch):                        # note: waits for the device
             return
-        seen = self.memory.any(2).all(0).nonzero()[:, 0]
-        if len(seen) < max(self.sizes):                     # too many steps were skipped
+        known = self.memory.any(2).all(0).nonzero()[:, 0]
+        if len(known) < max(self.sizes):                     # too many steps were skipped
             return
         for p, (k, layer) in enumerate(zip(self.sizes, self.prototypes)):
             seed, old = self.seed + 1_000_003 * (epoch * len(self.sizes) + p), self.assignments[p]
-            found = spherical_kmeans(self.memory[p % 2, seen], k, self.iterations, seed)
+            found = spherical_kmeans(self.memory[p % 2, known], k, self.iterations, seed)
             centroids, clusters = (_of_all_ranks(x)[:len(x)] for x in found)        # rank 0's
-            pairs = torch.bincount(clusters * (k + 1) + old[seen].clamp(min=-1) + 1,
+            pairs = torch.bincount(clusters * (k + 1) + old[known].clamp(min=-1) + 1,
                                    minlength=k * (k + 1)).view(k, k + 1)    # new and old clusters
-            self.moved[p] = 1 - pairs[:, 1:].amax(1).sum() / len(seen)
+            self.moved[p] = 1 - pairs[:, 1:].amax(1).sum() / len(known)
             layer.weight.copy_(centroids)
-            old[seen] = clusters
+            old[known] = clusters
         self.epoch.fill_(epoch)
 
     def statistics(self, outputs: tuple[Tensor, ...], loss: Tensor) -> dict[str, float]:

@@ -44,7 +44,8 @@ class Supervised(nn.Module):
     joint = False                       # targets are of a micro-batch
     images_of = None                    # set by the training loop
 
-    def __init__(self, trunk: nn.Module, labels: Tensor, classes: int, counts: Sequence[int] = (1,)):
+    def __init__(self, trunk: nn.Module, labels: Tensor, classes: int,
+                 counts: Sequence[int] = (1,)):
         super().__init__()
         if labels.dtype != torch.int64 or labels.dim() != 1 or not len(labels):
             raise ValueError(f"labels are int64 (N,), not {labels.dtype} {tuple(labels.shape)}")
