@@ -2,6 +2,7 @@
 import ast
 import copy
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.stream import Positions, Stream
 from methods import deepcluster_v2
@@ -109,25 +109,16 @@ def test_kmeans_depends_on_directions_and_its_seed_alone():
     assert not torch.equal(spherical_kmeans(embeddings, 7, 3, seed=4)[1], one[1])
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers of a tensor that is made inside."""
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        if isinstance(out, torch.Tensor):
-            self.numbers = max(self.numbers, out.numel())
-        return out
-
-
 def test_kmeans_in_blocks_is_the_same_and_never_holds_all_similarities(monkeypatch):
     embeddings = rows(200, 3)
     whole = spherical_kmeans(embeddings, 50, 3, seed=0)
+    argmax, shapes = torch.Tensor.argmax, []
     monkeypatch.setattr(deepcluster_v2, "BLOCK", 50 * 7)
-    with Largest() as largest:
-        blocks = spherical_kmeans(embeddings, 50, 3, seed=0)
+    monkeypatch.setattr(torch.Tensor, "argmax",
+                        lambda x, dim: shapes.append(x.shape) or argmax(x, dim))
+    blocks = spherical_kmeans(embeddings, 50, 3, seed=0)
     torch.testing.assert_close(blocks, whole)
-    assert largest.numbers == 200 * 3
+    assert shapes == ([(7, 50)] * 28 + [(4, 50)]) * 4
 
 
 # ------------------------------------------------------------------------------------ the method
@@ -152,14 +143,18 @@ def build(batch=5, **changes):
     return model
 
 
-def crops_of(images, step, counts=COUNTS):
-    """Crops of these images, other ones at every step: (count, B, 3, s, s) a size."""
-    def crop(image, size):
-        rng = torch.Generator().manual_seed(1000 * step + int(image))
-        shade = torch.sin(torch.arange(3) * (1.0 + image))[:, None, None]
-        return (shade + 0.3 * torch.randn(3, size, size, generator=rng)).double()
-    return [torch.stack([torch.stack([crop(i, 8 >> s) + c for i in images]) for c in range(count)])
-            for s, count in enumerate(counts)]
+@cache
+def crop(image, size, step):
+    rng = torch.Generator().manual_seed(1000 * step + image)
+    shade = torch.sin(torch.arange(3) * (1.0 + image))[:, None, None]
+    return (shade + 0.3 * torch.randn(3, size, size, generator=rng)).double()
+
+
+def crops_of(images, step, flat=False):
+    """Crops of these images, other ones at every step: (count, B, 3, s, s) a size, or flat."""
+    sizes = [torch.stack([torch.stack([crop(int(i), 8 >> s, step) + c for i in images])
+                          for c in range(count)]) for s, count in enumerate(COUNTS)]
+    return [size.flatten(0, 1) for size in sizes] if flat else sizes
 
 
 def play(model, step, micro_batches=1, skip=False, optimizer=None, wrapped=None):
@@ -219,7 +214,7 @@ def test_outputs_are_unit_embeddings_and_cosines_with_the_centroids():
     model = build()
     for step in range(2):
         play(model, step)
-    embeddings, *scores = model([size.flatten(0, 1) for size in crops_of(range(4), 0)])
+    embeddings, *scores = model(crops_of(range(4), 0, flat=True))
     assert embeddings.shape == (12, 4) and [s.shape[1] for s in scores] == [3, 4, 2]
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(12, dtype=torch.float64))
     for table, layer in zip(scores, model.prototypes):
@@ -232,21 +227,18 @@ def test_the_first_epoch_learns_nothing_and_the_second_its_clusters():
     model, seen = build(), torch.zeros(2, N, 4, dtype=torch.float64)
     for step in range(2):
         with torch.no_grad():
-            embeddings = model([size.flatten(0, 1) for size in crops_of(model.images_of(step), step)])[0]
+            embeddings = model(crops_of(model.images_of(step), step, flat=True))[0]
         assert play(model, step) == 0
         assert all(grad.count_nonzero() == 0 for grad in gradients(model).values())
         seen[:, model.images_of(step)] = embeddings.unflatten(0, (3, 5))[:2]
         torch.testing.assert_close(model.memory, seen)
     assert model.epoch == 1
     for p, (k, layer) in enumerate(zip((3, 4, 2), model.prototypes)):
-        mean = [(seen[p % 2] * layer.weight[c]).sum(1) for c in model.assignments[p]]
-        own = torch.stack([row[i] for i, row in enumerate(mean)])
-        cosines = seen[p % 2] @ layer.weight.t()
-        torch.testing.assert_close(own, cosines.max(1).values)      # each image's is the nearest
-        assert not torch.equal(cosines, seen[(p + 1) % 2] @ layer.weight.t())
-        found = [spherical_kmeans(seen[p % 2], k, 4, seed=1_000_003 * (3 + p))]
-        assert torch.equal(found[0][1], model.assignments[p])
-    outputs = model([size.flatten(0, 1) for size in crops_of(model.images_of(2), 2)])
+        cosines = seen[p % 2] @ layer.weight.t()                        # (N, K)
+        assert torch.equal(cosines.argmax(1), model.assignments[p])
+        expected = spherical_kmeans(seen[p % 2], k, 4, seed=1_000_003 * (3 + p))
+        torch.testing.assert_close((layer.weight.detach(), model.assignments[p]), expected)
+    outputs = model(crops_of(model.images_of(2), 2, flat=True))
     assert torch.equal(model.targets(outputs, 2), model.assignments[:, :5])
     assert play(model, 2) > 0.1 and gradients(model)["trunk.conv.weight"].norm() > 0
     assert all(layer.weight.grad is None for layer in model.prototypes)
@@ -297,8 +289,7 @@ def test_a_skipped_step_leaves_no_trace(skipped):
 
 def test_a_step_that_was_dropped_halfway_leaves_no_trace():
     model, other = build(), build()
-    crops = [size[:, :2].flatten(0, 1) for size in crops_of(model.images_of(0), 0)]
-    model.targets(model(crops), 0)
+    model.targets(model(crops_of(range(2), 0, flat=True)), 0)
     play(model, 1), play(other, 1)
     assert equal(state(model), state(other)) and model.memory[:, :5].count_nonzero() == 0
 
@@ -385,8 +376,9 @@ def test_statistics_count_the_clusters_used_and_the_images_that_moved():
         moved.append(1 - sum(max(map(part.count, part)) for part in inside if part) / N)
         used.append(len(set(new)) / k)
     ln_k = (math.log(3) + math.log(4) + math.log(2)) / 3
-    assert model.statistics((), torch.tensor(2.0)) == pytest.approx(
-        {"loss_over_ln_k": 2 / ln_k, "clusters_used": sum(used) / 3, "images_moved": sum(moved) / 3})
+    expected = {"loss_over_ln_k": 2 / ln_k, "clusters_used": sum(used) / 3,
+                "images_moved": sum(moved) / 3}
+    assert model.statistics((), torch.tensor(2.0)) == pytest.approx(expected)
     assert 0 < sum(moved) / 3 < 1
 
 
@@ -407,7 +399,7 @@ def test_clusters_with_other_numbers_have_not_moved():
 def test_embeddings_scores_loss_and_memory_are_float32_under_autocast(dtype):
     model = build(head_bn=True).float()
     with torch.autocast("cpu", dtype=dtype):
-        outputs = model([size.flatten(0, 1).float() for size in crops_of(range(5), 0)])
+        outputs = model([size.float() for size in crops_of(range(5), 0, flat=True)])
         model.assignments.zero_()
         loss = model.loss(outputs, model.targets(outputs, 0))
         model.after_step(0)
@@ -430,8 +422,7 @@ def test_what_cannot_be_is_refused(changes):
         build(**changes)
 
 
-def test_a_batch_may_end_in_the_middle_of_nothing():
-    """A step's rows start afresh when it is played again with the same number."""
+def test_a_step_that_is_played_again_begins_with_its_first_image():
     model = build()
     for _ in range(2):
         play(model, 0, micro_batches=5)
