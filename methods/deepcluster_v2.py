@@ -6,7 +6,7 @@
     trunk.num_features, trunk.fc = 512, torch.nn.Identity()
     model = DeepCluster(trunk, 4, head=(64, 16), prototypes=(4, 3), steps_per_epoch=1)
     model.images_of = lambda step: torch.arange(4)          # all images of the set, every step
-    outputs = model([torch.randn(2 * 4, 3, 64, 64), torch.randn(6 * 4, 3, 32, 32)])
+    outputs = model([torch.randn(2 * 4, 3, 32, 32), torch.randn(6 * 4, 3, 16, 16)])
     model.loss(outputs, model.targets(outputs, step=0)).backward()
     model.after_step(step=0)                                # after the optimizer's
 
