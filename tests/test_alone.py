@@ -18,6 +18,7 @@ from tests.helpers import ROOT
 
 METHOD = ["regnet", "sinkhorn", "swav", "multicrop", "larc"]
 EXAMPLES = ["evaluation/knn", "evaluation/linear", "evaluation/metrics", "figures/sheets",
+            "methods/deepcluster_v2", "methods/supervised",
             "weights/atomic", "weights/names"]
 
 
