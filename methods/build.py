@@ -19,10 +19,10 @@ tuple of tensors whose rows are crop-major; A views of an image have targets, B 
     .trunk, the product; .queue, a swav.Queue or None
 
 The mean of the loss over micro-batches and ranks is the batch's. A momentum encoder, a centre, a
-memory are parameters without gradient or buffers, the same on all ranks. What targets changes is a
-buffer, or is overwritten at the next step: so a skipped step leaves no trace
-(training/rollback.py). train.py takes SwAV alone so far; the other files of this folder are to be
-called from other code.
+memory are parameters without gradient or buffers, the same on all ranks, which change in after_step
+alone. BatchNorm's statistics are put back where a step is skipped (training/rollback.py), and what
+else forward and targets keep is overwritten at the next step: so a skipped step leaves no trace.
+train.py takes SwAV alone so far; the other files of this folder are to be called from other code.
 """
 from dataclasses import replace
 

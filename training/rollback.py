@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distributed.ranks import all_reduce_max, on_any_rank
 from larc import norms
@@ -41,7 +42,9 @@ class Rollback:
     def __init__(self, run: Run, signals: Signals, per_step: int = 1):
         self.run, self.signals, self.per_step = run, signals, per_step
         self.step, self.origin = 0, 0.0
-        self.buffers = list(run.method.buffers())
+        # others, a queue or a memory of all images, change after the optimizer's step alone
+        self.buffers = [buffer for module in run.method.modules()
+                        if isinstance(module, _BatchNorm) for buffer in module.buffers()]
         self.copies = [buffer.clone() for buffer in self.buffers]
 
     @torch.no_grad()
