@@ -195,6 +195,6 @@ def test_its_state_goes_on():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.measured), 3])
 def test_two_ranks_equal_the_joined_batch(tmp_path, micro_batches):
     momentum.assert_ranks_equal_the_joined_batch(MoCo, OPTIONS, (2,), 6, tmp_path, micro_batches)
