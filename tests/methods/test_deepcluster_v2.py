@@ -452,8 +452,8 @@ def on_a_rank(rank, steps, micro_batches):
     return results
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.measured), 3])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.measured),
+                                           pytest.param(3, marks=pytest.mark.long)])
 def test_two_ranks_are_the_joined_batch(micro_batches, tmp_path):
     first, second = run_ranks(on_a_rank, tmp_path, 6, micro_batches)
     model = build(6)

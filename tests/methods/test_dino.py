@@ -247,9 +247,9 @@ def test_its_state_goes_on():
     assert names == {"trunk", "head", "teacher", "center"}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("bn, micro_batches", [
-    pytest.param(True, 1, marks=pytest.mark.measured), (False, 3)])
+    pytest.param(True, 1, marks=pytest.mark.measured),
+    pytest.param(False, 3, marks=pytest.mark.long)])
 def test_two_ranks_equal_the_joined_batch(tmp_path, bn, micro_batches):
     momentum.assert_ranks_equal_the_joined_batch(DINO, OPTIONS | {"head_bn": bn}, (2, 3), 6,
                                                  tmp_path, micro_batches)

@@ -194,7 +194,7 @@ def test_its_state_goes_on():
     assert names == {"trunk", "head", "key", "queue"}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.measured), 3])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.measured),
+                                           pytest.param(3, marks=pytest.mark.long)])
 def test_two_ranks_equal_the_joined_batch(tmp_path, micro_batches):
     momentum.assert_ranks_equal_the_joined_batch(MoCo, OPTIONS, (2,), 6, tmp_path, micro_batches)
