@@ -104,6 +104,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 and getattr(options, name) != parser.get_default(name)):
             parser.error(f"--{name.replace('_', '-')} is of {', '.join(protocols.split())}, not "
                          f"of {options.what}")
+    if options.steps and options.epochs:
+        parser.error("--steps or --epochs, not both")
     return options
 
 

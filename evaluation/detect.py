@@ -109,8 +109,6 @@ def change_recipe(recipe: Recipe, options, count: int) -> Recipe:
     batch_size = options.batch_size or recipe.batch_size
     steps = options.steps or recipe.steps
     if options.epochs:
-        if options.steps:
-            raise ValueError("--steps or --epochs, not both")
         steps = max(1, round(options.epochs * count / batch_size))
     recipe = recipe._replace(steps=steps, batch_size=batch_size,
                              lr=recipe.lr if options.lr is None else options.lr,

@@ -205,7 +205,7 @@ def test_other_folder_names(tmp_path):
     assert [len(part) for part in val] == [3, 3]
 
 
-def test_one_folder_of_images_with_a_file_of_each_part(tmp_path):
+def test_one_folder_of_images_with_a_file_of_each_part(tmp_path, masks):
     for part in ("train", "val"):
         write_coco(tmp_path, "images", ANNOTATIONS[:2] if part == "val" else ANNOTATIONS).rename(
             tmp_path / f"{part}.json")

@@ -40,7 +40,7 @@ SEER_FILE = OFFICIAL["seer_ft_regnety_32gf"].url.rpartition("/")[2]
      Preprocessing(32, 0.0, False, **OURS)),
     ({}, "seer_ft.torch", ["--size=48"], Preprocessing(48, 1.0, True))])
 def test_preprocessing_follows_the_checkpoint_and_the_options(config, path, options, expected):
-    options = evaluate.parse(["knn", "x", *options])
+    options = evaluate.parse(["finetune", "x", *options])
     assert choose_preprocessing(config, path and Path(path), options) == expected
 
 
