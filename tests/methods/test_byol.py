@@ -15,6 +15,7 @@ LIGHTLY = torch.load(ORACLES / "lightly_momentum.pt", weights_only=True)["byol"]
 OPTIONS = dict(head=(10, 6), predictor=(8, 6), steps=5, momentum=0.9)
 
 
+@pytest.mark.long
 def test_the_file_stands_alone_and_its_usage_runs():
     momentum.assert_file_stands_alone("byol")
     run_usage("methods/byol")
@@ -161,6 +162,7 @@ def test_micro_batches_equal_the_joined_batch():
     momentum.assert_same_state(parts, joined.state_dict())
 
 
+@pytest.mark.long
 def test_it_learns_and_does_not_move_without_a_step():
     model = double(BYOL, head=(10, 6), predictor=(8, 6), steps=1000)
     crops = split(images((2,), 8), (2,), 1)

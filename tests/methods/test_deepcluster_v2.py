@@ -245,6 +245,7 @@ def test_the_first_epoch_learns_nothing_and_the_second_its_clusters():
     assert all(layer.weight.grad is None for layer in model.prototypes)
 
 
+@pytest.mark.long
 def test_it_learns():
     model = build(prototypes=(3,))
     losses = [play(model, step, lr=3.0).item() for step in range(2)]

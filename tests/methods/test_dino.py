@@ -17,6 +17,7 @@ OPTIONS = dict(head=(10, 9, 6), prototypes=11, counts=(2, 3), steps=5, momentum=
                frozen_steps=1)
 
 
+@pytest.mark.long
 def test_the_file_stands_alone_and_its_usage_runs():
     momentum.assert_file_stands_alone("dino")
     run_usage("methods/dino")
@@ -227,6 +228,7 @@ def test_micro_batches_equal_the_joined_batch():
     momentum.assert_same_state(parts, joined.state_dict())
 
 
+@pytest.mark.long
 def test_it_learns():
     model = double(DINO, **OPTIONS | {"steps": 100, "frozen_steps": 0})
     losses = [take_step(model, torch.optim.SGD(model.parameters(), lr=0.3),

@@ -15,6 +15,7 @@ LIGHTLY = torch.load(ORACLES / "lightly_momentum.pt", weights_only=True)["moco"]
 OPTIONS = dict(head=(10, 6), queue=14, momentum=0.9)
 
 
+@pytest.mark.long
 def test_the_file_stands_alone_and_its_usage_runs():
     momentum.assert_file_stands_alone("mocov2")
     run_usage("methods/mocov2")
@@ -174,6 +175,7 @@ def test_micro_batches_equal_the_joined_batch():
     momentum.assert_same_state(parts, joined.state_dict())
 
 
+@pytest.mark.long
 def test_it_learns():
     last = []
     for lr in (0, 0.05):                        # the queue fills with real keys all the same
