@@ -79,6 +79,7 @@ SEER = Recipe(90_000)       # VISSL: object_detection/COCOInstance; rate / 10 at
 LARGE = 20_000              # images: from here on SEER's recipe
 SMALL_SIDE = 320            # pixels of the short side; below it the network is smaller
 LONGEST = 1333 / 800        # of the long side to the short one, as SEER's
+SHOWN = 640, 1280           # pixels: least and most of the long side of what --show draws
 
 
 def choose_recipe(count: int, side: int) -> Recipe:
@@ -304,7 +305,7 @@ def load_detector(task: EvalTask) -> tuple[Detector, list[str], Recipe]:
     if not holds_detector(task):
         raise ValueError(f"{task.source} holds no detector: name what detect wrote")
     try:
-        classes, masks = task.config["classes"], task.config["masks"]
+        classes, masks, _ = (task.config[name] for name in ("classes", "masks", "category_ids"))
         recipe = Recipe(**{name: tuple(x) if isinstance(x, list) else x
                            for name, x in task.config["recipe"].items()})
     except (KeyError, TypeError, AttributeError):
@@ -339,7 +340,8 @@ def show(task: EvalTask) -> dict:
                                      options.workers):
         # a number, for names may be alike in two folders
         name = f"{i:06d}-{Path(images.name(i)).stem[:100]}.png"
-        to_pil_image(draw(image, found, classes)).save(folder / name)
+        side = min(max(*image.shape[1:], SHOWN[0]), SHOWN[1])
+        to_pil_image(draw(image, found, classes, side=side)).save(folder / name)
         drawn += 1
         kinds = as_results(found, i + 1, category_ids)
         for label, box, *mask in zip(found["labels"].tolist(), *kinds.values()):
