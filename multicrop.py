@@ -39,6 +39,7 @@ Shapes: N crops of one size, V crops of an image, P parameters of a crop's augme
 """
 import functools
 import io
+import itertools
 import math
 import random
 import re
@@ -53,11 +54,11 @@ from torch.nn import functional as F
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Columns of params. Flip and grayscale: 0 or 1. Factors: 1 is no change. Hue: share of a full
-# turn. Sigma: pixels, 0 is no blur. The last four say at which of four turns each operation of
-# the jitter comes (a permutation of 0..3: brightness, contrast, saturation, hue).
+# turn. Sigma: pixels, 0 is no blur. Four say at which of four turns each operation of the jitter
+# comes (a permutation of 0..3: brightness, contrast, saturation, hue). Solarize: 0 or 1.
 PARAMS = ("flip", "brightness", "contrast", "saturation", "hue", "gray", "sigma",
-          "brightness_turn", "contrast_turn", "saturation_turn", "hue_turn")
-NEUTRAL = (0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0)      # changes nothing
+          "brightness_turn", "contrast_turn", "saturation_turn", "hue_turn", "solarize")
+NEUTRAL = (0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 0.0)      # changes nothing
 MAX_PIXELS = 89_478_485                             # of an image: where PIL begins to warn
 BLUR_RADIUS = 6                                     # pixels: three times the largest sigma
 MAX_COUNT, MAX_SIZE = 100, 2048                     # of the crops of one size; pixels
@@ -210,16 +211,18 @@ class MultiCrop:
 
     specs: from parse_crops.  strength: scales the colour jitter; 1 is SwAV's (brightness, contrast
     and saturation by up to 0.8, hue by up to 0.2); or a function of the image's position in the
-    stream, for a strength that changes over the run.  jitter, gray, blur, flip: probabilities.
+    stream, for a strength that changes over the run.  jitter, gray, blur, flip, solarize:
+    probabilities; of blur and solarize also one for each crop in turn (BYOL: 1, 0.1 and 0, 0.2).
     max_pixels: of an image; larger ones are not decoded.
     """
 
     def __init__(self, specs: Sequence[CropSpec], strength: float | Callable[[int], float] = 1.0,
-                 jitter: float = 0.8, gray: float = 0.2, blur: float = 0.5, flip: float = 0.5,
-                 max_pixels: int = MAX_PIXELS):
-        self.specs, self.max_pixels = list(specs), max_pixels
-        self.strength, self.jitter, self.gray, self.blur, self.flip = (
-            strength, jitter, gray, blur, flip)
+                 jitter: float = 0.8, gray: float = 0.2, blur: float | Sequence[float] = 0.5,
+                 flip: float = 0.5, max_pixels: int = MAX_PIXELS,
+                 solarize: float | Sequence[float] = 0.0):
+        self.specs, self.max_pixels, self.strength = list(specs), max_pixels, strength
+        self.jitter, self.gray, self.flip = jitter, gray, flip
+        self.blur, self.solarize = (numpy.atleast_1d(p).tolist() for p in (blur, solarize))
 
     def __call__(self, data: bytes, seed: int,
                  position: int = 0) -> tuple[list[Tensor], list[Tensor]]:
@@ -233,10 +236,10 @@ class MultiCrop:
         if not scalable:
             image = load(image)
         upright = image.size[::-1] if scalable and orientation(image) >= 5 else image.size
-        boxes, params, crops, shrink = [], [], [], 1
+        boxes, params, crops, shrink, turn = [], [], [], 1, itertools.count()
         for count, _, scale in self.specs:
             boxes.append([random_box(*upright, scale, rng) for _ in range(count)])
-            params.append(torch.tensor([self.draw(rng, position) for _ in range(count)]))
+            params.append(torch.tensor([self.draw(rng, position, next(turn)) for _ in boxes[-1]]))
         if scalable:
             shrink = self.shrink(boxes)
             if shrink > 1:
@@ -261,17 +264,19 @@ class MultiCrop:
             for spec, places in zip(self.specs, boxes)
             for box in places for start, end in ((0, 2), (1, 3)))), 1)
 
-    def draw(self, rng: random.Random, position: int = 0) -> list[float]:
-        """One crop's augmentation, in the order of PARAMS."""
+    def draw(self, rng: random.Random, position: int = 0, crop: int = 0) -> list[float]:
+        """The augmentation of an image's crop, in the order of PARAMS."""
         strength = self.strength(position) if callable(self.strength) else self.strength
         jitter, colour = rng.random() < self.jitter, 0.8 * strength
         factors = [rng.uniform(max(0.0, 1 - colour), 1 + colour) for _ in range(3)]
         hue = rng.uniform(-0.2, 0.2) * strength
         turns = rng.sample(range(4), 4)
-        flip, gray, blur = (rng.random() < p for p in (self.flip, self.gray, self.blur))
+        blurred, solarized = (p[crop % len(p)] for p in (self.blur, self.solarize))
+        flip, gray, blur = (rng.random() < p for p in (self.flip, self.gray, blurred))
         sigma = rng.uniform(0.1, 2.0)
+        solarize = solarized > 0 and rng.random() < solarized
         return [float(flip), *(factors if jitter else [1.0] * 3), hue if jitter else 0.0,
-                float(gray), sigma if blur else 0.0, *map(float, turns)]
+                float(gray), sigma if blur else 0.0, *map(float, turns), float(solarize)]
 
 
 class Photometric(nn.Module):
@@ -302,13 +307,14 @@ def augment(crops: Tensor, params: Tensor) -> Tensor:
     """uint8 (N, 3, s, s), params (N, P) -> augmented float32 in 0..1."""
     x = crops.contiguous() / 255
     p = dict(zip(PARAMS, params.cpu().numpy().T))                        # each (N,), on the host
-    x = _apply(_flip, x, p["flip"], p["flip"] > 0)
+    x = _apply(lambda x, _: x.flip(3), x, p["flip"], p["flip"] > 0)
     for turn in range(4):
         for name, (operation, neutral) in JITTER.items():
             now = (p[f"{name}_turn"] == turn) & (p[name] != neutral)
             x = _apply(operation, x, p[name], now)
-    x = _apply(_gray_out, x, p["gray"], p["gray"] > 0)
-    return _apply(_blur, x, p["sigma"], p["sigma"] > 0)
+    x = _apply(lambda x, _: x.copy_(_luma(x)), x, p["gray"], p["gray"] > 0)
+    x = _apply(_blur, x, p["sigma"], p["sigma"] > 0)
+    return _apply(_solarize, x, p["solarize"], p["solarize"] > 0)
 
 
 def _apply(operation: Callable, x: Tensor, values: numpy.ndarray, chosen: numpy.ndarray) -> Tensor:
@@ -322,10 +328,6 @@ def _apply(operation: Callable, x: Tensor, values: numpy.ndarray, chosen: numpy.
     at = torch.from_numpy(rows).to(x.device, non_blocking=True)
     x[at] = operation(x[at], column)
     return x
-
-
-def _flip(x: Tensor, _) -> Tensor:
-    return x.flip(3)
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -369,10 +371,6 @@ JITTER = {"brightness": (_brightness, 1.0), "contrast": (_contrast, 1.0),
           "saturation": (_saturation, 1.0), "hue": (_hue, 0.0)}
 
 
-def _gray_out(x: Tensor, _) -> Tensor:
-    return x.copy_(_luma(x))
-
-
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Separable Gaussian, each crop its own sigma; 13 taps, reflected at the borders.
 
@@ -394,3 +392,8 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
         flat, blurred = blurred, flat
     inside = slice(BLUR_RADIUS, -BLUR_RADIUS)
     return flat.view(padded.shape)[:, :, inside, inside]
+
+
+def _solarize(x: Tensor, _) -> Tensor:
+    """Values of a half and more are inverted (BYOL, arXiv 2006.07733, appendix B)."""
+    return torch.where(x < 0.5, x, 1 - x)

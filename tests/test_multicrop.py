@@ -194,9 +194,23 @@ def test_colours_are_distributed_as_torchvisions(strength):
     assert distance(sigmas, numpy.random.default_rng(0).uniform(0.1, 2, n)) < 1
 
 
+def test_crops_differ_in_blur_and_solarize():
+    """BYOL's: the first crop is always blurred, the second is solarized now and then."""
+    crop, plain = MultiCrop([], blur=(1.0, 0.0), solarize=(0.0, 0.2)), MultiCrop([], blur=1.0)
+    rngs = random.Random(0), random.Random(0)
+    first, second = ([dict(zip(PARAMS, crop.draw(rngs[0], 0, i))) for _ in range(2000)]
+                     for i in (0, 1))
+    assert all(p["sigma"] and not p["solarize"] for p in first)
+    assert not any(p["sigma"] for p in second)
+    assert abs(sum(p["solarize"] for p in second) / 2000 - 0.2) < 0.03
+    # where nothing is solarized, nothing is drawn for it: older runs go on as they were
+    assert first == [dict(zip(PARAMS, plain.draw(rngs[1]))) for _ in range(2000)]
+
+
 # --------------------------------------------------------------------------------- augmentation
 NEUTRAL = dict(flip=0.0, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, gray=0.0, sigma=0.0,
-               brightness_turn=0.0, contrast_turn=1.0, saturation_turn=2.0, hue_turn=3.0)
+               brightness_turn=0.0, contrast_turn=1.0, saturation_turn=2.0, hue_turn=3.0,
+               solarize=0.0)
 
 
 def reference(crop, p):
@@ -211,7 +225,7 @@ def reference(crop, p):
         x = TF.rgb_to_grayscale(x, 3)
     if p["sigma"]:
         x = TF.gaussian_blur(x, [13, 13], [p["sigma"]] * 2)
-    return x
+    return TF.solarize(x, 0.5) if p["solarize"] else x
 
 
 def check(crops, settings):
@@ -224,7 +238,7 @@ def check(crops, settings):
 @pytest.mark.parametrize("name, values", [
     ("flip", [0, 1]), ("brightness", [0, 0.2, 1, 1.8]), ("contrast", [0, 0.2, 1, 1.8]),
     ("saturation", [0, 0.2, 1, 1.8]), ("hue", [-0.5, -0.2, -0.01, 0.01, 0.2, 0.5]),
-    ("gray", [0, 1]), ("sigma", [0, 0.1, 0.25, 0.5, 1, 2])])
+    ("gray", [0, 1]), ("sigma", [0, 0.1, 0.25, 0.5, 1, 2]), ("solarize", [0, 1])])
 @pytest.mark.parametrize("kind", ["noise", "flat", "edges"])
 def test_each_operation_equals_torchvisions(name, values, kind):
     torch.manual_seed(0)
@@ -235,7 +249,7 @@ def test_each_operation_equals_torchvisions(name, values, kind):
 
 
 def test_all_operations_in_all_orders_equal_torchvisions():
-    crop, rng = MultiCrop([], 1.0, jitter=1.0), random.Random(0)
+    crop, rng = MultiCrop([], 1.0, jitter=1.0, solarize=0.5), random.Random(0)
     settings = [dict(zip(PARAMS, crop.draw(rng))) for _ in range(200)]
     torch.manual_seed(0)
     check(torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8), settings)
