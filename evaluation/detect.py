@@ -85,7 +85,7 @@ SHOWN = 640, 1280           # pixels: least and most of the long side of what --
 def choose_recipe(count: int, side: int) -> Recipe:
     """SEER's for 20,000 images or more; for fewer a small one:
 
-    - 4 epochs in batches of 8, at least 500 steps, at twice the rate for its batch: short runs need
+    - 3 epochs in batches of 8, at least 500 steps, at twice the rate for its batch: short runs need
       it. Measured 4 times, or every 500 steps of a longer run.
     - All images are resized to the median short side, or 800 pixels where it is more.
     - Where that is below 320 pixels, the network is smaller too (64 channels, 256 proposals, 64
@@ -97,7 +97,7 @@ def choose_recipe(count: int, side: int) -> Recipe:
     if count >= LARGE:
         return SEER
     side = min(side, max(SEER.sides))
-    recipe = SEER._replace(steps=max(500, round(4 * count / 8)), batch_size=8, lr=0.04, times=4,
+    recipe = SEER._replace(steps=max(500, round(3 * count / 8)), batch_size=8, lr=0.04, times=4,
                            sides=(side,), longest=round(side * LONGEST))
     if side < SMALL_SIDE:
         recipe = recipe._replace(lr=0.08, width=64, anchor=4, proposals=256, samples=64)

@@ -83,7 +83,7 @@ def test_seers_schedule():
 def test_the_recipe_for_small_sets():
     assert choose_recipe(118_287, 480) == SEER
     scenes, few, photos = choose_recipe(2000, 160), choose_recipe(20, 160), choose_recipe(800, 375)
-    assert (scenes.steps, few.steps, photos.steps) == (1000, 500, 500)
+    assert (scenes.steps, few.steps, photos.steps) == (750, 500, 500)
     assert (scenes.width, scenes.anchor, scenes.sides, scenes.lr) == (64, 4, (160,), 0.08)
     assert (photos.width, photos.anchor, photos.sides, photos.lr) == (256, 8, (375,), 0.04)
 
