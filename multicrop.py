@@ -11,9 +11,9 @@ SimCLR's (arXiv 2002.05709, appendix A). The work is shared by a CPU and the dev
     images = Photometric()(crops[0], params[0])                      # float32, in batch, anywhere
 
 A worker decodes the image once, draws all boxes and augmentations, and cuts and resizes the crops
-(antialiased, uint8). Flip, colour jitter, grayscale, blur and normalisation then run for a whole
-batch on the device. Everything random is drawn in the worker from `seed` alone, so crops and
-parameters are the same on any machine, in any process.
+(antialiased, uint8). Flip, colour jitter, grayscale, blur, solarize and normalisation then run for
+a whole batch on the device. Everything random is drawn in the worker from `seed` alone, so crops
+and parameters are the same on any machine, in any process.
 
 Differs from the reference (facebookresearch/swav: torchvision transforms on PIL images):
 - crops are resized by torch's antialiased bilinear filter, which is PIL's but for its rounding (at
@@ -236,10 +236,10 @@ class MultiCrop:
         if not scalable:
             image = load(image)
         upright = image.size[::-1] if scalable and orientation(image) >= 5 else image.size
-        boxes, params, crops, shrink, turn = [], [], [], 1, itertools.count()
+        boxes, params, crops, shrink, number = [], [], [], 1, itertools.count()
         for count, _, scale in self.specs:
             boxes.append([random_box(*upright, scale, rng) for _ in range(count)])
-            params.append(torch.tensor([self.draw(rng, position, next(turn)) for _ in boxes[-1]]))
+            params.append(torch.tensor([self.draw(rng, position, next(number)) for _ in boxes[-1]]))
         if scalable:
             shrink = self.shrink(boxes)
             if shrink > 1:

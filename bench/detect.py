@@ -2,8 +2,8 @@
 
     result = bench_detect("regnety_400mf", 2, 480, torch.device("cpu"), torch.float32, repeats=5)
 
-Both have the same weights, images, anchors and sizes. torchvision's has its own network, no
-BatchNorm in the pyramid, and draws its samples from torch's generator.
+Both have the same weights, images, anchors and sizes, and no BatchNorm in the pyramid; samples
+of torchvision's are drawn from torch's generator.
 """
 from functools import partial
 
@@ -21,20 +21,18 @@ from distributed.hardware import autocast
 from evaluation.detector import Detector
 from methods.build import build_trunk
 
-WIDTH = 256
-
 
 class BaselinePyramid(nn.Module):
-    """torchvision's trunk and pyramid. widths: channels of the four stages."""
+    """torchvision's trunk and pyramid. widths: channels of the four stages; width: of the maps."""
 
-    def __init__(self, arch: str, widths: list[int]):
+    def __init__(self, arch: str, widths: list[int], width: int):
         super().__init__()
         body = baseline_trunk(arch)
         names = ([f"layer{i}" for i in range(1, 5)] if arch == "resnet50" else
                  [f"trunk_output.block{i}" for i in range(1, 5)])
         self.trunk = create_feature_extractor(body, dict(zip(names, "0123")))
-        self.fpn = FeaturePyramidNetwork(widths, WIDTH, LastLevelMaxPool())
-        self.out_channels = WIDTH
+        self.fpn = FeaturePyramidNetwork(widths, width, LastLevelMaxPool())
+        self.out_channels = width
 
     def forward(self, images):
         return self.fpn(self.trunk(images))
@@ -48,8 +46,8 @@ def bench_detect(arch: str, count: int, size: int, device: torch.device, dtype: 
     ours = Detector(build_trunk(arch, "torchvision"), len(scenes.classes), True, (size,), size,
                     norm=False)
     widths = [conv[0].in_channels for conv in ours.rcnn.backbone.fpn.inner_blocks]
-    theirs = MaskRCNN(BaselinePyramid(arch, widths), len(scenes.classes) + 1,
-                      min_size=size, max_size=size)
+    theirs = MaskRCNN(BaselinePyramid(arch, widths, ours.rcnn.backbone.out_channels),
+                      len(scenes.classes) + 1, min_size=size, max_size=size)
     theirs.load_state_dict(ours.rcnn.state_dict())
     nets = {"torchvision": theirs.to(device), "ours": ours.to(device)}
     images, targets = zip(*(scenes[i] for i in range(count)))

@@ -14,11 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from distributed.fsdp import Sharded
 
 
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """BatchNorm's buffers: all that a forward pass in training mode changes."""
+    return [buffer for norm in module.modules() if isinstance(norm, _BatchNorm)
+            for buffer in norm.buffers()]
+
+
 @contextmanager
 def frozen_statistics(module: nn.Module):
     """BatchNorm normalises by its batch, as in training; afterwards its buffers are as before."""
-    kept = [(buffer, buffer.clone()) for norm in module.modules() if isinstance(norm, _BatchNorm)
-            for buffer in norm.buffers()]
+    kept = [(buffer, buffer.clone()) for buffer in running_statistics(module)]
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """The layout: what lies at the top, which way imports go, how long files and functions are."""
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_imports_follow_the_arrows(path):
         assert {".".join(name.split(".")[:2]) for name in reached} <= EVALUATION_IN_TRAINING
     if room in METHOD:
         assert not imported(path) & {"argparse", "os"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "methods" and
+                                  path.stem not in ("__init__", "build")], ids=str)
+def test_a_method_is_one_short_file_that_needs_torch_alone(path):
+    text = (ROOT / path).read_text()
+    assert len(text.splitlines()) <= 150
+    assert {name.partition(".")[0] for name in imported(path)} <= {
+        "torch", *sys.stdlib_module_names}
+    assert "\nDiffers from the reference (" in text and "\nShapes: " in text
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from distributed.ranks import all_reduce_max, on_any_rank
+from distributed.step import running_statistics
 from larc import norms
 from training.run import Run
 from training.signals import Signals, StepDropped, Stop
@@ -43,8 +43,7 @@ class Rollback:
         self.run, self.signals, self.per_step = run, signals, per_step
         self.step, self.origin = 0, 0.0
         # others, a queue or a memory of all images, change after the optimizer's step alone
-        self.buffers = [buffer for module in run.method.modules()
-                        if isinstance(module, _BatchNorm) for buffer in module.buffers()]
+        self.buffers = running_statistics(run.method)
         self.copies = [buffer.clone() for buffer in self.buffers]
 
     @torch.no_grad()

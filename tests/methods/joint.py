@@ -5,18 +5,14 @@
 
 Float64, without BatchNorm in the trunk: micro-batches equal the joined batch to 1e-10.
 """
-import ast
 import importlib
-import importlib.util
-import shutil
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.helpers import ROOT, run_ranks
-from train import step_gradients
-from training.run import Run
+from tests.helpers import run_ranks
+from tests.methods.loop import step_of
 
 
 class Trunk(nn.Module):
@@ -53,11 +49,9 @@ def make(module, name, **options):
 
 def step(method, images, micro_batches=1, rank=0, world=1, wrapped=None):
     """Loss and gradients of a rank's share of a batch, as a training loop computes them."""
-    run = Run(method, wrapped or method, torch.device("cpu"), torch.float32,
-              torch.amp.GradScaler("cpu", enabled=False))
     method.zero_grad()
     share = images.chunk(world, 1)[rank].chunk(micro_batches, 1)
-    loss, outputs = step_gradients(run, 0, [[part.flatten(0, 1)] for part in share])
+    loss, outputs = step_of(method, [[part.flatten(0, 1)] for part in share], wrapped=wrapped)
     return loss, {name: p.grad.clone() for name, p in method.named_parameters()}, outputs
 
 
@@ -83,18 +77,46 @@ def assert_equal(gradients, expected, tolerance=1e-10):
         assert (gradients[name] - value).norm() <= tolerance * norm, name
 
 
-def copied_alone(tmp_path, module):
-    """The file methods/MODULE.py, copied, as a module; it imports torch and the standard library,
-    and has the usage, as tests/test_alone.py runs it."""
-    path = ROOT / "methods" / f"{module}.py"
-    imports = [node for node in ast.walk(ast.parse(path.read_text()))
-               if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {name for node in imports for name in (
-        [node.module] if isinstance(node, ast.ImportFrom) else [x.name for x in node.names])}
-    assert {name.partition(".")[0] for name in names} <= {"torch", "math", "collections"}
-    assert len(path.read_text().splitlines()) <= 150
-    spec = importlib.util.spec_from_file_location(
-        f"copy_of_{module}", shutil.copy(path, tmp_path / "copy.py"))
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    return copy
+def assert_ranks_and_micro_batches_are_the_joined_batch(tmp_path, method, options, images, joined):
+    """joined: loss and gradients of the images."""
+    expected, gradients = joined
+    for loss, ranks in on_two_ranks(tmp_path, *method, images, (1, 2, 4), **options):
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+        for made in ranks:
+            assert_equal(made, gradients)
+
+
+def assert_rows_agree(method):
+    """Of forward, also where the views are of two sizes, of assigned, and of targets."""
+    images = batch(5)
+    outputs = method([images.flatten(0, 1)])
+    apart = method([images[0], images[1]])
+    assigned = method.assigned([images.flatten(0, 1)])
+    assert method.joint and outputs[0].shape == (10, 6) and assigned[0].shape == (2, 5, 6)
+    for other in (apart[0], assigned[0].flatten(0, 1)):
+        torch.testing.assert_close(other, outputs[0])
+    targets = method.targets(outputs, 0)
+    assert targets.shape == (2, 5, 6) and not targets.requires_grad
+    torch.testing.assert_close(method.targets(assigned, 0), targets)
+    with torch.no_grad():                       # the loop may have turned gradients off
+        torch.testing.assert_close(method.targets(assigned, 0), targets)
+
+
+def assert_the_state_is_weights_alone(method, other):
+    """A skipped step leaves no trace, and the state dict says all. Two of the same weights."""
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    step(method, batch(6, seed=1))
+    method.before_step(0)                       # and no after_step
+    state = method.state_dict()
+    assert {name.split(".")[0] for name in state} == {"trunk", "head"}
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+    loss, made, _ = step(method, batch(6, seed=2), 2)
+    method.before_step(1)
+    method.after_step(1)
+    again, expected, _ = step(other, batch(6, seed=2), 2)
+    assert loss == again and all(torch.equal(made[name], expected[name]) for name in made)
+    with torch.no_grad():
+        other.head[0].weight.mul_(torch.rand(len(other.head[0].weight), 1))
+    assert step(other, batch(6, seed=2), 2)[0] != loss
+    other.load_state_dict(state)
+    assert step(other, batch(6, seed=2), 2)[0] == loss

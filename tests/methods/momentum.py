@@ -4,7 +4,6 @@
     crops = images((2, 3), 4, seed=1)                       # of 4 images, one tensor per size
     take_step(method, optimizer, split(crops, (2, 3), 2), 0)    # in two micro-batches
 """
-import ast
 import importlib
 from copy import deepcopy
 
@@ -13,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.step import sync_gradients
 from distributed.sync_bn import convert
-from tests.helpers import ROOT, run_ranks
+from tests.helpers import run_ranks
+from tests.methods.loop import step_of
 
 
 class Trunk(nn.Module):
@@ -51,24 +50,9 @@ def split(crops, counts, n):
     return [[part.flatten(0, 1) for part in parts] for parts in zip(*sizes)]
 
 
-def backward(method, micro_batches, step, wrapped=None):
-    """As the loop has it, for a method that is not joint. Returns the loss and the last outputs."""
-    wrapped, n, total = wrapped or method, len(micro_batches), 0.0
-    assert method.joint is False
-    for i, crops in enumerate(micro_batches):
-        with sync_gradients(wrapped, now=i == n - 1):
-            outputs = wrapped(crops)
-            targets = method.targets(outputs, step)
-            assert not targets.requires_grad and targets.shape[1] == len(crops[0]) // 2
-            loss = method.loss(outputs, targets) / n
-            loss.backward()
-        total += loss.detach()
-    return total, tuple(x.detach() for x in outputs)
-
-
 def take_step(method, optimizer, micro_batches, step, skipped=False, wrapped=None):
     optimizer.zero_grad()
-    loss, outputs = backward(method, micro_batches, step, wrapped)
+    loss, outputs = step_of(method, micro_batches, step, wrapped)
     method.before_step(step)
     if not skipped:
         optimizer.step()
@@ -148,15 +132,3 @@ def assert_state_goes_on(cls, options, counts):
     assert torch.equal(*map(torch.stack, losses))
     for name, value in method.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
-
-
-def assert_file_stands_alone(name):
-    """It is short and imports torch and the standard library alone."""
-    text = (ROOT / "methods" / f"{name}.py").read_text()
-    assert len(text.splitlines()) < 150
-    modules = {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import)
-               for alias in node.names}
-    modules |= {node.module for node in ast.walk(ast.parse(text))
-                if isinstance(node, ast.ImportFrom)}
-    assert {module.partition(".")[0] for module in modules} == {"math", "copy", "typing", "torch"}
-    assert "\nDiffers from the reference (" in text and "\nShapes: " in text

@@ -1,5 +1,4 @@
 """methods/deepcluster_v2.py against loops in float64, closed forms, and one process against two."""
-import ast
 import copy
 import math
 from functools import cache
@@ -14,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data.stream import Positions, Stream
 from methods import deepcluster_v2
 from methods.deepcluster_v2 import DeepCluster, spherical_kmeans
-from tests.helpers import ROOT, equal, run_ranks
+from tests.helpers import equal, run_ranks
+from tests.methods.loop import step_of
 
 N, COUNTS = 10, (2, 1)                      # images, crops
 
@@ -158,14 +158,11 @@ def crops_of(images, step, flat=False):
 
 
 def play(model, step, micro_batches=1, skip=False, lr=0.0, wrapped=None):
-    """A step of the loop, as it is for methods whose targets are of a micro-batch. -> loss."""
-    crops, total = crops_of(model.images_of(step), step), 0.0
+    """A step of the loop -> loss."""
+    crops = crops_of(model.images_of(step), step)
     model.zero_grad()
-    for parts in zip(*[size.chunk(micro_batches, 1) for size in crops]):
-        outputs = (wrapped or model)([part.flatten(0, 1) for part in parts])
-        loss = model.loss(outputs, model.targets(outputs, step)) / micro_batches
-        loss.backward()
-        total += loss.detach()
+    total, _ = step_of(model, [[part.flatten(0, 1) for part in parts] for parts in zip(
+        *[size.chunk(micro_batches, 1) for size in crops])], step, wrapped)
     model.before_step(step)
     if not skip:
         with torch.no_grad():
@@ -427,15 +424,6 @@ def test_a_step_that_is_played_again_begins_with_its_first_image():
     for _ in range(2):
         play(model, 0, micro_batches=5)
         assert model.memory.any(2).all(0).nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_the_file_is_short_and_needs_torch_alone():
-    text = (ROOT / "methods" / "deepcluster_v2.py").read_text()
-    imports = {name.name.partition(".")[0] for node in ast.walk(ast.parse(text))
-               if isinstance(node, ast.Import) for name in node.names}
-    imports |= {node.module.partition(".")[0] for node in ast.walk(ast.parse(text))
-                if isinstance(node, ast.ImportFrom)}
-    assert imports == {"torch", "math"} and len(text.splitlines()) < 150
 
 
 # -------------------------------------------------------------------------------------- two ranks

@@ -10,17 +10,10 @@ from methods.dino import DINO, dino_loss
 from tests.helpers import ORACLES
 from tests.methods import momentum
 from tests.methods.momentum import Trunk, double, images, run_steps, sgd, split, take_step
-from tests.test_alone import run_usage
 
 LIGHTLY = torch.load(ORACLES / "lightly_momentum.pt", weights_only=True)["dino"]
 OPTIONS = dict(head=(10, 9, 6), prototypes=11, counts=(2, 3), steps=5, momentum=0.9, warmup=2,
                frozen_steps=1)
-
-
-@pytest.mark.long
-def test_the_file_stands_alone_and_its_usage_runs():
-    momentum.assert_file_stands_alone("dino")
-    run_usage("methods/dino")
 
 
 # --------------------------------------------------------------------------------------- the loss

@@ -9,16 +9,9 @@ from methods.mocov2 import MoCo, info_nce
 from tests.helpers import ORACLES
 from tests.methods import momentum
 from tests.methods.momentum import Trunk, double, images, run_steps, sgd, split, take_step
-from tests.test_alone import run_usage
 
 LIGHTLY = torch.load(ORACLES / "lightly_momentum.pt", weights_only=True)["moco"]
 OPTIONS = dict(head=(10, 6), queue=14, momentum=0.9)
-
-
-@pytest.mark.long
-def test_the_file_stands_alone_and_its_usage_runs():
-    momentum.assert_file_stands_alone("mocov2")
-    run_usage("methods/mocov2")
 
 
 # --------------------------------------------------------------------------------------- the loss

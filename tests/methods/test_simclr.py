@@ -8,8 +8,16 @@ from torch import nn
 
 from methods.simclr import SimCLR, nt_xent
 from tests.helpers import ORACLES, group_of_one, run_ranks
-from tests.methods.joint import Plain, assert_equal, batch, copied_alone, make, on_two_ranks, step
-from tests.test_alone import run_usage
+from tests.methods.joint import (
+    Plain,
+    assert_equal,
+    assert_ranks_and_micro_batches_are_the_joined_batch,
+    assert_rows_agree,
+    assert_the_state_is_weights_alone,
+    batch,
+    make,
+    step,
+)
 
 CASES = torch.load(ORACLES / "lightly_pairs.pt", weights_only=True)["nt_xent"]
 METHOD = ("simclr", "SimCLR")
@@ -152,46 +160,19 @@ def test_micro_batches_are_the_joined_batch(micro_batches, views):
 @pytest.mark.long
 def test_two_ranks_and_micro_batches_are_the_joined_batch(tmp_path):
     images = batch(8)
-    expected, gradients = plain_step(make(*METHOD, **SMALL), images)
-    for loss, ranks in on_two_ranks(tmp_path, *METHOD, images, (1, 2, 4), **SMALL):
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-        for made in ranks:
-            assert_equal(made, gradients)
+    joined = plain_step(make(*METHOD, **SMALL), images)
+    assert_ranks_and_micro_batches_are_the_joined_batch(tmp_path, METHOD, SMALL, images, joined)
 
 
 def test_forward_assigned_and_targets_agree_on_rows():
-    method, images = make(*METHOD, **SMALL), batch(5)
-    outputs = method([images.flatten(0, 1)])
-    apart = method([images[0], images[1]])      # two sizes of one view each
-    assigned = method.assigned([images.flatten(0, 1)])
-    assert method.joint and outputs[0].shape == (10, 6) and assigned[0].shape == (2, 5, 6)
-    for other in (apart[0], assigned[0].flatten(0, 1)):
-        torch.testing.assert_close(other, outputs[0])
-    targets = method.targets(outputs, 0)
-    assert targets.shape == (2, 5, 6) and not targets.requires_grad
-    torch.testing.assert_close(method.targets(assigned, 0), targets)
-    with torch.no_grad():                       # the loop may have turned gradients off
-        torch.testing.assert_close(method.targets(assigned, 0), targets)
-    assert not torch.allclose(outputs[0].norm(dim=1), torch.ones(10, dtype=torch.float64))
+    method = make(*METHOD, **SMALL)
+    assert_rows_agree(method)
+    z = method([batch(5).flatten(0, 1)])[0]
+    assert not torch.allclose(z.norm(dim=1), torch.ones(10, dtype=torch.float64))
 
 
 def test_a_skipped_step_leaves_no_trace_and_the_state_is_weights_alone():
-    method, other = make(*METHOD, **SMALL), make(*METHOD, **SMALL)
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    step(method, batch(6, seed=1))
-    method.before_step(0)                       # and no after_step
-    state = method.state_dict()
-    assert {name.split(".")[0] for name in state} == {"trunk", "head"}
-    assert all(torch.equal(value, before[name]) for name, value in state.items())
-    loss, made, _ = step(method, batch(6, seed=2), 2)
-    method.before_step(1)
-    method.after_step(1)
-    again, expected, _ = step(other, batch(6, seed=2), 2)
-    assert loss == again and all(torch.equal(made[name], expected[name]) for name in made)
-    with torch.no_grad():
-        other.head[0].weight.add_(1)
-    other.load_state_dict(state)
-    assert step(other, batch(6, seed=2), 2)[0] == loss
+    assert_the_state_is_weights_alone(make(*METHOD, **SMALL), make(*METHOD, **SMALL))
 
 
 @pytest.mark.parametrize("head_bn, kinds", [
@@ -240,10 +221,3 @@ def test_statistics_of_collapsed_of_paired_and_of_mistaken_embeddings():
     thrice = torch.eye(4).repeat(3, 1)
     model.views = 3
     assert model.statistics((thrice,), nt_xent(thrice, views=3))["contrastive_accuracy"] == 1
-
-
-def test_the_file_works_alone(tmp_path):
-    copy = copied_alone(tmp_path, "simclr")
-    z = rows(8, 5)
-    assert copy.nt_xent(z) == nt_xent(z)
-    run_usage("methods/simclr")

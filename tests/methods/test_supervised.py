@@ -1,5 +1,4 @@
 """methods/supervised.py against loops in float64, and micro-batches and ranks against one batch."""
-import ast
 import math
 
 import pytest
@@ -10,7 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from methods.supervised import Supervised
-from tests.helpers import ROOT, equal, run_ranks
+from tests.helpers import equal, run_ranks
+from tests.methods.loop import step_of
 
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2, 2, 1, 0, 0])       # of ten images
 
@@ -41,14 +41,10 @@ def crops_of(counts, batch=6, seed=0):
 
 
 def play(model, crops, step, micro_batches=1, wrapped=None):
-    """Forward, targets, loss and backward, as the loop does it for each micro-batch in turn."""
-    total = 0.0
+    """A step of the loop -> loss, gradients."""
     model.zero_grad()
-    for parts in zip(*[size.chunk(micro_batches, 1) for size in crops]):
-        outputs = (wrapped or model)([part.flatten(0, 1) for part in parts])
-        loss = model.loss(outputs, model.targets(outputs, step)) / micro_batches
-        loss.backward()
-        total += loss.detach()
+    total, _ = step_of(model, [[part.flatten(0, 1) for part in parts] for parts in zip(
+        *[size.chunk(micro_batches, 1) for size in crops])], step, wrapped)
     model.before_step(step)
     model.after_step(step)
     return total, {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -139,14 +135,6 @@ def test_its_state_is_its_weights():
     other.load_state_dict(names)
     crops = crops_of((1,))
     assert equal(play(other, crops, 0), play(build(), crops, 0))
-
-
-def test_the_file_is_short_and_needs_torch_alone():
-    text = (ROOT / "methods" / "supervised.py").read_text()
-    nodes = list(ast.walk(ast.parse(text)))
-    imports = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
-    imports |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert imports == {"torch", "torch.nn", "math", "typing"} and len(text.splitlines()) < 150
 
 
 def on_a_rank(rank, micro_batches):
