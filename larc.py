@@ -15,7 +15,8 @@ For each tensor p with gradient g:
     g = (g + weight_decay p) * trust_coefficient |p| / (|g| + weight_decay |p| + eps)
     v = momentum v + g;    p = p - lr v
 
-Where |p| or |g| is zero, g is used as it is, without weight decay: a bias that starts at zero
+With trust_coefficient 0, of all or of a group of parameters, the rule is plain SGD's: the factor
+is 1. Where |p| or |g| is zero, g is used as it is, without weight decay: a bias that starts at zero
 moves, and a tensor whose gradient is zero only coasts. A tensor without gradient (None) is skipped.
 
 Differs from the reference (apex): an optimizer, not a wrapper around one; norms and momentum are
@@ -84,6 +85,8 @@ class LARC(torch.optim.Optimizer):
         decay = group["weight_decay"]
         rate = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + group["eps"])
         adapted = (p_norm > 0) & (g_norm > 0)
+        if not group["trust_coefficient"]:
+            rate, adapted = torch.ones_like(rate), torch.ones_like(adapted)
         g_scale = torch.where(adapted, rate, 1.0)
         p_scale = torch.where(adapted, rate * decay, 0.0)
         step_size = torch.full_like(rate, -group["lr"])     # a tensor: no new graph for a new rate

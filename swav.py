@@ -239,13 +239,21 @@ def collapse_statistics(embeddings: Tensor, scores: Tensor, loss: Tensor,
     n, k = scores.shape
     p = torch.softmax(scores.float() / temperature, dim=1)
     entropy = -torch.xlogy(p, p).sum(1).mean()
-    z = embeddings.cpu().double()        # a host copy: MPS has no float64, CUDA a slow svd
-    singular = torch.linalg.svdvals(z)
-    share = singular / singular.sum()
     return {
         "loss_over_ln_k": loss.item() / math.log(max(k, 2)),
         "prototypes_used": scores.argmax(1).unique().numel() / min(n, k),
         "assignment_entropy": entropy.item() / math.log(max(k, 2)),
+        **geometry(embeddings),
+    }
+
+
+@torch.no_grad()
+def geometry(embeddings: Tensor) -> dict[str, float]:
+    """spread and effective_rank of unit vectors (N, D), as in collapse_statistics."""
+    z = embeddings.cpu().double()        # a host copy: MPS has no float64, CUDA a slow svd
+    singular = torch.linalg.svdvals(z)
+    share = singular / singular.sum()
+    return {
         "spread": (1 - z.mean(0).square().sum()).clamp(min=0).sqrt().item(),
         "effective_rank": torch.xlogy(share, share).sum().neg().exp().item(),
     }

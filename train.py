@@ -10,8 +10,9 @@ the loop, and what a run is made of. The same command again resumes the run, or 
 finished.
 
 A run's folder holds config.json, log.jsonl (one object a line), views.png (a batch as the network
-sees it), prototypes.png (the pictures nearest to each), loss.png (with matplotlib), a demo's
-results.json, checkpoint.pt, and trunk.pt: the product, a state dict with torchvision's names.
+sees it), prototypes.png (the pictures nearest to each; of other methods neighbours.png), loss.png
+(with matplotlib), a demo's results.json, checkpoint.pt, and trunk.pt: the product, a state dict
+with torchvision's names. Other methods (--method) are in methods/.
 
 Shapes: B images of a micro-batch on this rank, V crops, A assigned crops, K prototypes.
 """
@@ -44,7 +45,7 @@ from distributed.ranks import (
 from distributed.step import backward, frozen_statistics, sync_gradients
 from distributed.wrap import check_compiler, try_update
 from evaluation.probe import open_probe
-from evaluation.summary import look_back
+from evaluation.summary import look_back, sheet_name
 from figures.curves import curves
 from larc import LARC
 from recipes.command_line import configure, explain, parse_arguments, split_arguments
@@ -62,7 +63,7 @@ from training.monitor import Monitor, start_lines, usage
 from training.plan import fit_ranks, plan_of
 from training.resume import open_folder, remembered
 from training.rollback import Rollback
-from training.run import Run, build_network, open_loader
+from training.run import Run, build_network, open_loader, parameter_groups
 from training.run_folder import lock, write_config
 from training.signals import INTERRUPTED, Interrupted, Signals, StepDropped, Stop
 from weights.terminal import outlive_terminal, reason
@@ -162,11 +163,12 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
     if config.compile:
         with fail_together():
             check_compiler(device)
-    method, wrapped = build_network(config, device, dtype, world)
+    method, wrapped = build_network(config, device, dtype, world, images)
     if config.init and not state:
         start_from(config.init, method, rank)
-    optimizer = LARC(method.parameters(), config.peak_lr(), config.momentum, config.weight_decay,
-                     config.trust_coefficient, compiled=device.type == "cuda")
+    optimizer = LARC(parameter_groups(config, method), config.peak_lr(), config.momentum,
+                     config.weight_decay, config.trust_coefficient,
+                     compiled=device.type == "cuda")
     try_update(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(method, wrapped, device, dtype, scaler, optimizer, config, stream,
@@ -241,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     with leave_together():
         run = launch(config, images, named, "grow" in asked)
     if rank == 0:               # the other ranks may exit
-        if run.start < run.config.steps or not (run.out / "prototypes.png").exists():
+        if run.start < run.config.steps or not (run.out / sheet_name(run.config)).exists():
             if run.config.shard:
                 run.method = whole_method(run)
             look_back(run)

@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -116,6 +117,7 @@ class Loader:
             prefetch_factor=self.ahead if workers else None,
             timeout=STUCK if workers else 0, pin_memory=device.type == "cuda")
         self.faults, self.waited, self.batches, self.next = [], 0.0, None, None
+        self.shown = []             # of the step's micro-batches: their positions and their faults
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> "Loader":
@@ -130,8 +132,11 @@ class Loader:
                 worker.kill()
 
     def __iter__(self) -> Iterator[tuple[int, MicroBatches]]:
+        positions = iter(self.positions)
         for step in self.positions.steps:
-            micro_batches = MicroBatches(self.per_step, self.take, self.look_ahead)
+            self.shown = []
+            micro_batches = MicroBatches(self.per_step, lambda: self.take(next(positions)),
+                                         self.look_ahead)
             yield step, micro_batches
             micro_batches[self.per_step - 1]        # those that were not asked for
 
@@ -150,11 +155,21 @@ class Loader:
             self.next = self.fetch()
             self.waited += time.perf_counter() - start
 
-    def take(self) -> Sequence[Tensor]:
-        """The next micro-batch, for the stream on which the device computes."""
+    def images_of(self, step: int) -> Tensor:
+        """int64, on the host: the numbers of the images that the micro-batches of this step show,
+        of those that were fetched so far."""
+        numbers = []
+        for positions, faults in self.shown:
+            failed = Counter(fault.position for fault in faults)
+            numbers += [self.stream.index(position, failed[position]) for position in positions]
+        return torch.tensor(numbers, dtype=torch.long)
+
+    def take(self, positions: range) -> Sequence[Tensor]:
+        """The next micro-batch, of these positions, for the stream on which the device computes."""
         self.look_ahead()
         (crops, params, faults), self.next = self.next, None
         self.faults += faults
+        self.shown.append((positions, faults))
         if self.copies:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(self.copies)

@@ -46,10 +46,15 @@ def permute(position: int, n: int, key: int) -> int:
 
 
 class Fault(NamedTuple):
-    """An image that had to be replaced. cause: a few words, to be counted."""
+    """An image that had to be replaced. cause: a few words, to be counted. position: in the stream;
+    -1: in none."""
     name: str
     cause: str
     detail: str
+    position: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.cause}: {self.detail}"
 
 
 def fault_of(error: Exception, name: str) -> Fault:
@@ -98,7 +103,8 @@ class Stream(Dataset):
                 seed = mix(self.seed, position, attempt, 1)
                 return *self.transform(self.images[index], seed, position), faults
             except Exception as error:       # decoders raise nearly anything on damaged files
-                faults.append(fault_of(error, self.images.name(index)))
+                fault = fault_of(error, self.images.name(index))
+                faults.append(fault._replace(position=position))
         raise NoReadableImage(f"no readable image: {MAX_TRIES} in a row failed, the last one "
                                 f"{faults[-1].name}: {faults[-1].detail}")
 

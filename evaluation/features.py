@@ -79,7 +79,7 @@ class CenterCrops(Dataset):
         try:
             image = decode(self.images[i])
         except Exception as error:           # a file system's errors too
-            print("left out", ": ".join(fault_of(error, self.images.name(i))), file=sys.stderr)
+            print("left out", fault_of(error, self.images.name(i)), file=sys.stderr)
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
         image = TF.resize(image, self.resize, self.filter)
         return TF.pil_to_tensor(TF.center_crop(image, self.size)), True

@@ -52,7 +52,7 @@ class Probe:
                 (crops,), (params,) = views(images[i], seed=i)
                 return crops, params, -1
             except Exception as error:           # decoders raise nearly anything on damaged files
-                print("left out", ": ".join(fault_of(error, images.name(i))), file=sys.stderr)
+                print("left out", fault_of(error, images.name(i)), file=sys.stderr)
 
         chosen = [permute(i, len(images), 0) for i in range(min(PROBED, len(images)))]
         with ThreadPoolExecutor() as pool:

@@ -25,7 +25,7 @@ from evaluation.knn import knn_top1
 from evaluation.linear import linear_probe
 from evaluation.metrics import per_cent
 from figures.curves import curves
-from figures.sheets import prototypes
+from figures.sheets import neighbours, prototypes
 from methods.build import build_trunk
 from weights.atomic import write_whole
 
@@ -33,10 +33,10 @@ SHEET = 2048                # images from which the sheet of prototypes is drawn
 
 
 def look_back(run) -> None:
-    """results.json of a demo, loss.png where there is matplotlib, and prototypes.png, the last file
-    of all: with it, a run is finished.
+    """results.json of a demo, loss.png where there is matplotlib, and a sheet, the last file of all:
+    with it, a run is finished. It is prototypes.png of SwAV, neighbours.png of other methods.
 
-    run: .config, a recipes.config.Config; .method, a swav.SwAV; .stream.images; .out; .device.
+    run: .config, a recipes.config.Config; .method; .stream.images; .out; .device.
     """
     config, images = run.config, run.stream.images
     demo = config.recipe == "demo" and not config.data
@@ -56,7 +56,19 @@ def look_back(run) -> None:
         curves(run.out / "loss.png", [run.out])
     except ImportError as error:
         print(error)
-    draw_prototypes(run, [pair for pair in decoded if pair[1]][:SHEET], **options)
+    shown = [pair for pair in decoded if pair[1]][:SHEET]
+    aside = run.out / "sheet.tmp.png"
+    if config.method == "swav":
+        draw_prototypes(aside, run, shown, **options)
+    else:
+        (features,), _ = extract(run.method.trunk, shown, **options)             # (N, C)
+        neighbours(aside, features, torch.stack([image for image, _ in shown]))
+    os.replace(aside, run.out / sheet_name(config))
+
+
+def sheet_name(config) -> str:
+    """The file that is written last of all."""
+    return "prototypes.png" if config.method == "swav" else "neighbours.png"
 
 
 def decode_once(images, size: int, whole: bool, workers: int) -> list[tuple[Tensor, bool]]:
@@ -92,11 +104,9 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> None:
         print(f"{name:<52}{row['knn']:>8.1f}{row['linear']:>8.1f}")
 
 
-def draw_prototypes(run, images: list[tuple[Tensor, bool]], **options) -> None:
-    """prototypes.png: the images nearest to each prototype.  options: of features.extract."""
+def draw_prototypes(path, run, images: list[tuple[Tensor, bool]], **options) -> None:
+    """The images nearest to each of SwAV's prototypes.  options: of features.extract."""
     embed = nn.Sequential(run.method.trunk, run.method.head)
     (embeddings,), _ = extract(embed, images, **options)                         # (N, D)
     scores = F.normalize(embeddings, dim=1) @ run.method.prototypes.weight.detach().cpu().t()
-    aside = run.out / "prototypes.tmp.png"
-    prototypes(aside, scores, torch.stack([image for image, _ in images]))
-    os.replace(aside, run.out / "prototypes.png")
+    prototypes(path, scores, torch.stack([image for image, _ in images]))

@@ -3,7 +3,8 @@
     curves("loss.png", ["runs/demo-regnety_100mf"])         # python train.py --plot RUN [RUN ...]
 
 Each run's loss is divided by ln K of its own K, the number of its prototypes: so runs with other
-numbers compare, and 1 is the loss of predictions that know nothing. It reads config.json and
+numbers compare, and 1 is the loss of predictions that know nothing. So is it with other methods,
+where they have such a loss; that of BYOL and Barlow Twins is drawn as it is. It reads config.json and
 log.jsonl of a run's folder; an entry is what a line of log.jsonl holds.
 """
 import json
@@ -15,27 +16,36 @@ from PIL import Image
 
 ASK = "pip install matplotlib to have the loss drawn"
 LABEL = "loss / ln K, each run's over its own K"
+RELATIVE = ("loss_over_ln_k", "loss_over_ln_candidates", "loss_over_ln_keys")   # 1: knows nothing
+USED = ("prototypes_used", "outputs_used", "clusters_used")
 PROBES = ("knn", "retrieved")           # what --probe measures, per cent
 
 
 class Curve(NamedTuple):
     name: str
-    prototypes: int                     # K
     log: list[dict]                     # entries of the steps that were not skipped
-    columns: list[list[float]]          # their steps, losses / ln K, shares of prototypes in use
+    columns: list[list[float]]          # their steps, and losses, relative ones where there are
+    used: tuple[list, list]             # steps, shares of the prototypes or clusters in use
 
 
 def read_curve(run: Path) -> Curve:
     """Raises ValueError for a folder that is not a run's."""
     try:
-        count = json.loads((run / "config.json").read_text())["config"]["prototypes"]
-        ln_k = math.log(count) or math.log(2)       # of one prototype: as in swav.py
+        config = json.loads((run / "config.json").read_text())["config"]
+        method = config.get("method", "swav")
         written = (run / "log.jsonl").read_text().splitlines(keepends=True)
         log = [json.loads(line) for line in written if line.endswith("\n")]     # not one cut off
         log = [entry for entry in log if "loss" in entry]
-        columns = [[entry["step"] for entry in log], [entry["loss"] / ln_k for entry in log],
-                   [entry["prototypes_used"] for entry in log]]
-        return Curve(run.name, count, log, columns)
+        relative = next((name for name in RELATIVE if log and name in log[0]), "loss")
+        loss = [entry[relative] for entry in log]
+        if method == "swav":
+            ln_k = math.log(config["prototypes"]) or math.log(2)    # of 1: as in swav.py
+            loss = [entry["loss"] / ln_k for entry in log]
+        columns = [[entry["step"] for entry in log], loss]
+        used = [(entry["step"], entry[name]) for entry in log for name in USED if name in entry]
+        what = (f"K = {config['prototypes']:,}" if method == "swav" else
+                method + ", loss itself" * (relative == "loss"))
+        return Curve(f"{run.name}, {what}", log, columns, tuple(zip(*used)) or ((), ()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run} is not the folder of a run: {error}") from None
 
@@ -60,9 +70,8 @@ def curves(path: Path, runs: Sequence[str | Path]) -> None:
     figure = Figure(figsize=(7, 6 + 1.5 * probed), layout="constrained")
     top, *below = figure.subplots(2 + probed, 1, sharex=True, height_ratios=(3, 1, 1)[:2 + probed])
     for curve in read:
-        steps, loss, used = curve.columns
-        line, = top.plot(steps, loss, label=f"{curve.name}, K = {curve.prototypes:,}")
-        below[0].plot(steps, used, color=line.get_color())
+        line, = top.plot(*curve.columns, label=curve.name)
+        below[0].plot(*curve.used, color=line.get_color())
         for probe in PROBES:
             points = [(entry["step"], entry[probe]) for entry in curve.log if probe in entry]
             if points:

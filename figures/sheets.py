@@ -175,11 +175,12 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def views(path: str | Path, crops: list[Tensor], specs, mean: Sequence[float],
-          std: Sequence[float]) -> None:
+          std: Sequence[float], assigned: int = ASSIGNED) -> None:
     """The first 8 images of a batch as the network sees them: a row an image, a column a crop.
 
     crops: augmented and normalised, one (count * B, 3, s, s) per size.  specs: their
-    multicrop.CropSpecs.  mean, std: the channels' normalisation, which is undone.
+    multicrop.CropSpecs.  mean, std: the channels' normalisation, which is undone.  assigned: crops
+    of an image that get codes; 0 where the method is not SwAV.
     """
     rows = min(8, len(crops[0]) // specs[0].count)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
@@ -189,20 +190,21 @@ def views(path: str | Path, crops: list[Tensor], specs, mean: Sequence[float],
         side = largest - spec.size
         tiles.append(F.pad(shown, (0, side, side // 2, side - side // 2), value=1.0))
     tiles = torch.cat(tiles).mul(255).round().clamp(0, 255).to(torch.uint8)     # (V, rows, 3, s, s)
-    sheet(path, views_caption(rows), [Row(f"image {i + 1}", [Tile(image) for image in tiles[:, i]])
-                                      for i in range(rows)], crop_names(specs))
+    shown = [Row(f"image {i + 1}", list(map(Tile, tiles[:, i]))) for i in range(rows)]
+    sheet(path, views_caption(rows, assigned), shown, crop_names(specs, assigned))
 
 
-def views_caption(rows: int) -> str:
+def views_caption(rows: int, assigned: int) -> str:
+    codes = ("\nAssigned crops get codes by Sinkhorn-Knopp; the network learns to predict "
+             "the code of an assigned crop from each of the image's other crops.")
     return (f"The first {rows} images of the first batch: augmented crops, as the network sees "
-            "them.\nAssigned crops get codes by Sinkhorn-Knopp; the network learns to predict "
-            "the code of an assigned crop from each of the image's other crops.")
+            "them." + codes * bool(assigned))
 
 
-def crop_names(specs) -> list[str]:
+def crop_names(specs, assigned: int) -> list[str]:
     """Over each column of the views: number, size, and whether it is assigned or small."""
     sizes = [spec.size for spec in specs for _ in range(spec.count)]
-    kinds = ["assigned" if i < ASSIGNED else "small" * (size < max(sizes))
+    kinds = ["assigned" if i < assigned else "small" * (size < max(sizes))
              for i, size in enumerate(sizes)]
     return [f"crop {i + 1}\n{size} px\n{kind}" for i, (size, kind) in enumerate(zip(sizes, kinds))]
 
@@ -223,6 +225,23 @@ def prototypes(path: str | Path, scores: Tensor, images: Tensor, nearest: int = 
             for k, indices in zip(chosen.tolist(), best)]
     sheet(path, prototypes_caption(len(scores), scores.shape[1], len(rows), best.shape[1]), rows,
           columns=columns)
+
+
+def neighbours(path: str | Path, features: Tensor, images: Tensor, queries: int = 36,
+               nearest: int = 8, columns: int = 3) -> None:
+    """Some images, each with those nearest to it by the cosine of their features: a row each.
+
+    features: (N, C).  images: uint8 (N, 3, s, s), the first of which are the queries.
+    """
+    unit = F.normalize(features, dim=1)
+    similarity = unit[:queries] @ unit.t()                               # (queries, N)
+    best = similarity.topk(min(1 + nearest, len(unit)), dim=1).indices   # itself first
+    side = min(LARGEST, images.shape[-1])
+    rows = [Row(f"image {i}", [Tile(image) for image in resize(images[indices], [side, side])])
+            for i, indices in enumerate(best)]
+    caption = (f"{len(rows)} images, and beside each the {best.shape[1] - 1} nearest of "
+               f"{len(images):,}, by the cosine of the trunk's features.")
+    sheet(path, caption, rows, columns=columns)
 
 
 def prototype_name(number: int, count: int) -> str:

@@ -16,8 +16,9 @@ from multicrop import decode
 from recipes.config import LENGTHS, WRITTEN, Config, complete, flag, unknown, with_length
 from recipes.input import settle
 from recipes.medium import LARGE, medium, shortened
+from recipes.methods import PUBLISHED
 from recipes.published import RECIPES, SWAV, seer
-from recipes.small import SMALL, small, survey
+from recipes.small import SMALL, of_method, small, survey
 from weights.terminal import Text, number_in
 
 # of --plan: value (rates: of an H100, distributed/roofline.py), range and help text
@@ -96,17 +97,29 @@ def hyphens(argv: list[str]) -> list[str]:
 def choose_recipe(given: dict, images) -> str:
     if given.get("recipe"):
         return given["recipe"]
+    method = given.get("method", "swav")
     if given.get("data") and images is not None:
         if len(images) < SMALL:
             return "small"
+        if method != "swav":
+            return method
         if len(images) <= LARGE and given.get("arch") != "resnet50":
             return "medium"
+    if method != "swav" and given.get("arch"):
+        return method
     return {None: "demo", "resnet50": "swav"}.get(given.get("arch"), "seer")
 
 
 def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[object, str]]]:
     """The recipe's name, and its options with their values and reasons."""
-    recipe = choose_recipe(given, images)
+    recipe, method = choose_recipe(given, images), given.get("method", "swav")
+    if recipe in PUBLISHED:
+        if method not in ("swav", recipe):
+            raise ValueError(f"--recipe {recipe} is not for --method {method}")
+        return recipe, PUBLISHED[recipe]
+    if method != "swav" and recipe not in ("demo", "small"):
+        raise ValueError(f"--recipe {recipe} is SwAV's; --recipe {method} is a published one of "
+                         f"{method}, demo and small are measured here")
     if recipe == "small":
         surveyed = survey(DemoImages() if images is None else images, decode)
         return recipe, small(surveyed, given, world)
@@ -121,9 +134,13 @@ def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[obje
     if recipe in SWAV:
         return recipe, SWAV[recipe]
     if recipe not in RECIPES:
-        raise ValueError(unknown("recipe", recipe, [*RECIPES, *SWAV, "seer", "small", "medium"]))
+        raise ValueError(unknown("recipe", recipe, [*RECIPES, *SWAV, *PUBLISHED, "seer", "small",
+                                                   "medium"]))
     about = {field.name: field.metadata["help"] for field in dataclasses.fields(Config)}
-    return recipe, {name: (value, about[name]) for name, value in RECIPES[recipe].items()}
+    rule = {name: (value, about[name]) for name, value in RECIPES[recipe].items()}
+    if method == "swav":
+        return recipe, rule
+    return recipe, of_method(rule, method, len(DemoImages() if images is None else images))
 
 
 def configure(given: dict, world: int = 1, images=None) -> Config:

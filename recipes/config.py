@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy
 
 from distributed.hardware import check_device
-from methods.build import TRUNKS
+from methods.build import METHODS, TRUNKS, options_of_others
 from multicrop import MAX_PIXELS, CropSpec, parse_channels, parse_crops
 from regnet import ARCHS
 from weights.terminal import span
@@ -37,6 +37,19 @@ def parse_head(text: str) -> tuple[int, ...]:
         raise ValueError(f"head {text!r} is not WIDTH-WIDTH-..., as in 8192-8192-256") from None
 
 
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """"1,0.1" -> (1.0, 0.1)."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise ValueError(f"{text!r} is not NUMBER,NUMBER,..., as in 1,0.1") from None
+
+
+def numbers_text(values: tuple[float, ...]) -> str:
+    """The way back from parse_numbers, and parse_channels."""
+    return ",".join(map(number, values))
+
+
 def number(x: float) -> str:
     """The shortest digits that give x again, without an exponent: 0.14, 1, 0.00001."""
     return numpy.format_float_positional(x, trim="-")
@@ -55,8 +68,10 @@ def crops_text(crops: tuple[CropSpec, ...]) -> str:
 # options that are written as text: how it is read, and written
 WRITTEN = {"crops": (lambda text: tuple(parse_crops(text)), crops_text),
            "head": (parse_head, lambda widths: "-".join(map(str, widths))),
-           "mean": (parse_channels, lambda values: ",".join(map(number, values))),
-           "std": (parse_channels, lambda values: ",".join(map(number, values)))}
+           "predictor": (parse_head, lambda widths: "-".join(map(str, widths))),
+           "mean": (parse_channels, numbers_text), "std": (parse_channels, numbers_text),
+           **dict.fromkeys(("blur", "solarize", "teacher_temperature"),
+                           (parse_numbers, numbers_text))}
 
 
 def option(default, help: str, low=None, high=math.inf, choices=None):
@@ -81,6 +96,7 @@ class Config:
     out: str = option("", "folder of the run; none: runs/RECIPE-ARCH")
     init: str = option("", "weights to start from: a file or an official name (python -m weights "
                        "lists them); none: random ones")
+    method: str = option("swav", "what is learned: " + ", ".join(METHODS), choices=tuple(METHODS))
     recipe: str = option("", "named set of defaults; none: small for fewer than 100,000 images "
                          "of your own, medium up to 100 million, seer for more or with --arch "
                          "alone, else demo")
@@ -99,7 +115,10 @@ class Config:
     strength_from: float = option(0.0, "strength at the start, where it rises", 0, 10)
     strength_rise: float = option(0.0, "share of the run in which the strength rises", 0, 1)
     gray: float = option(0.2, "probability of a gray crop (SwAV: 0.2)", 0, 1)
-    blur: float = option(0.5, "probability of a blurred crop (SwAV: 0.5)", 0, 1)
+    blur: tuple[float, ...] = option("0.5", "probability of a blurred crop (SwAV: 0.5), or of each "
+                                     "of an image's crops in turn (BYOL: 1,0.1)")
+    solarize: tuple[float, ...] = option("0", "probability of a solarized crop, or of each of an "
+                                         "image's crops in turn (BYOL: 0,0.2)")
     mean: tuple[float, ...] = option("0.485,0.456,0.406", "channel means to subtract (ImageNet's)")
     std: tuple[float, ...] = option("0.229,0.224,0.225", "channel deviations to divide by "
                                     "(ImageNet's)")
@@ -120,13 +139,27 @@ class Config:
     queue_start: int = option(0, "step from which the queue is used, if full", 0, MAX_STEPS)
     freeze_prototypes: int = option(313, "steps during which the prototypes stay as they began", 0,
                                     MAX_STEPS)
+    # of other methods (methods/)
+    predictor: tuple[int, ...] = option("4096-256", "byol: widths of the predictor")
+    target_momentum: float = option(0.996, "mocov2, byol, dino: momentum of the slowly moving copy "
+                                    "of the network", 0, 1)
+    teacher_temperature: tuple[float, ...] = option(
+        "0.04,0.07", "dino: the teacher's, at first and after --teacher-warmup")
+    teacher_warmup: float = option(0.0375, "dino: share of the run in which the teacher's "
+                                   "temperature changes", 0, 1)
+    off_diagonal: float = option(0.0051, "barlow_twins: weight of the redundancy term", 0, 1000)
+    loss_scale: float = option(0.024, "barlow_twins: factor of the loss", 1e-6, 1000)
+    clusterings: int = option(3, "deepcluster_v2: k-means, each of --prototypes clusters", 1, 100)
     # optimizer
     lr: float = option(0.3, "peak learning rate per 256 images of batch", 0, 10_000)
     final_lr: float = option(0.001, "last learning rate of the cosine, share of the peak", 0, 1)
     warmup: float = option(0.0655, "share of the run in which the learning rate rises", 0, 1)
     first_lr: float = option(0.0, "learning rate before the first step, share of the peak", 0, 1)
     momentum: float = option(0.9, "momentum of SGD", 0, 1)
-    trust_coefficient: float = option(0.001, "LARC's step relative to a tensor's norm", 0, 10)
+    trust_coefficient: float = option(0.001, "LARC's step relative to a tensor's norm; 0: "
+                                     "plain SGD", 0, 10)
+    exclude_bias_bn: bool = option(False, "BatchNorm and biases take plain SGD, without LARC and "
+                                   "weight decay (BYOL, Barlow Twins)")
     weight_decay: float = option(1e-5, "weight decay, BatchNorm and biases too (SwAV: 1e-6)", 0, 1)
     # machine
     micro_batch: int = option(0, "images a rank computes at once; 0: what its memory has room "
@@ -184,7 +217,9 @@ class Config:
     def __post_init__(self):
         for name, (parse, _) in WRITTEN.items():
             value = getattr(self, name)
-            object.__setattr__(self, name, parse(value) if isinstance(value, str) else tuple(value))
+            if isinstance(value, str | int | float):        # a number: as runs were saved before
+                value = parse(str(value))
+            object.__setattr__(self, name, tuple(value))
 
     def text(self, name: str) -> str:
         """An option's value as it is written on the command line."""
@@ -238,6 +273,7 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
     if config.arch not in TRUNKS:
         raise ValueError(unknown("arch", config.arch, TRUNKS))
     check_ranges(config)
+    check_method(config)
     check_crops(config)
     check_ranks(config, world)
     check_shards(config)
@@ -263,20 +299,35 @@ def check_ranges(config: Config) -> None:
         low, high = field.metadata["low"], field.metadata["high"]
         if low is not None and not (low <= value <= high and math.isfinite(value)):
             raise ValueError(f"{flag(field.name)} {value}: needs {span(low, high)}")
-    for name, low, high, count in (("mean", -10, 10, 3), ("std", 0.001, 10, 3),
-                                   ("head", 1, MAX_WIDTH, None)):
+    for name, low, high, count in (
+            ("mean", -10, 10, 3), ("std", 0.001, 10, 3), ("head", 1, MAX_WIDTH, None),
+            ("predictor", 1, MAX_WIDTH, None), ("blur", 0, 1, None), ("solarize", 0, 1, None),
+            ("teacher_temperature", 1e-3, 10, 2)):
         values = getattr(config, name)
         if len(values) != (count or len(values)) or not all(low <= x <= high for x in values):
-            raise ValueError(f"--{name} {config.text(name)}: needs numbers from {span(low, high)}"
+            raise ValueError(f"{flag(name)} {config.text(name)}: needs {'two ' * (count == 2)}"
+                             f"numbers from {span(low, high)}"
                              + ", of channels that go from 0 to 1" * (count == 3))
     check_device(config.device)
 
 
+def check_method(config: Config) -> None:
+    """Raises ValueError for an option of another method."""
+    usual = Config()
+    others = [flag(name) for name in sorted(options_of_others(config.method))
+              if getattr(config, name) != getattr(usual, name)]
+    if others:
+        raise ValueError(f"--method {config.method} takes no {', '.join(others)}")
+
+
 def check_crops(config: Config) -> None:
-    """Raises ValueError for crops that SwAV, or the network, cannot take."""
-    if sum(spec.count for spec in config.crops) < 2:
-        raise ValueError(f"--crops {config.text('crops')}: SwAV needs at least two crops of "
-                         "an image")
+    """Raises ValueError for crops that the method, or the network, cannot take."""
+    counts, needs = [spec.count for spec in config.crops], METHODS[config.method].crops
+    fits = {"one": True, "two of the first size": counts[0] >= 2, "exactly two, of one size":
+            counts == [2], "two": sum(counts) >= 2}
+    if not fits[needs]:
+        raise ValueError(f"--crops {config.text('crops')}: {config.method} needs crops of an "
+                         f"image: {needs}" + ", or more" * ("exactly" not in needs))
     size, stages = min(spec.size for spec in config.crops), depth(config)
     if size <= 2 ** stages:
         # nothing to convolve; and oneDNN's bf16 gradient there is garbage (torch 2.11 and 2.15)
@@ -301,6 +352,8 @@ def check_ranks(config: Config, world: int) -> None:
 
 def check_shards(config: Config) -> None:
     """Raises ValueError for what a sharded run cannot do."""
+    if config.shard and config.method != "swav":
+        raise ValueError(f"--shard is for swav: {config.method} needs whole weights on each rank")
     if config.shard and config.compile:
         raise ValueError("a sharded network cannot be compiled: leave out --compile, or take "
                          "--no-shard where the network has room")

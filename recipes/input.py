@@ -139,7 +139,7 @@ def decide(config: Config, images, side: int, device_type: str, world: int,
 
 def crop_of(config: Config) -> MultiCrop:
     return MultiCrop(config.crops, config.strength_at, gray=config.gray, blur=config.blur,
-                     max_pixels=config.max_pixels)
+                     max_pixels=config.max_pixels, solarize=config.solarize)
 
 
 def worker_of(config: Config, device_type: str) -> Callable:

@@ -7,12 +7,15 @@ The rule looks at a sample of the images: their number, size, colour and channel
 behind its reasons were measured with this project (docs/collapse.md, docs/results.md).
 """
 import math
+from dataclasses import replace
 from typing import Callable, NamedTuple
 
 import numpy
 
 from data.stream import NoReadableImage, fault_of, permute
+from methods.build import options_of_others
 from recipes.config import Config, flag
+from recipes.methods import small_of
 
 SMALL = 100_000             # images; with fewer, recipe small
 SMALL_PEAK = 2.4            # its peak learning rate
@@ -37,7 +40,7 @@ def survey(images, decode: Callable, sample: int = 128) -> Survey:
         try:
             image = decode(images[permute(i, len(images), 0)])
         except Exception as error:       # decoders raise nearly anything on damaged files
-            fault = ": ".join(fault_of(error, images.name(permute(i, len(images), 0))))
+            fault = fault_of(error, images.name(permute(i, len(images), 0)))
             continue
         sides.append(min(image.size))
         pixels = numpy.asarray(image.resize((64, 64)), numpy.float64) / 255        # (64, 64, 3)
@@ -58,7 +61,7 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
     of processes, which divides the batch.  The numbers behind the reasons are in docs/collapse.md
     and docs/results.md. Raises ValueError for fewer than 8 images.
     """
-    count, side = surveyed.count, surveyed.short_side
+    count, side, method = surveyed.count, surveyed.short_side, given.get("method", "swav")
     if count < 8:
         raise ValueError(f"{count} image{'s' * (count > 1)} cannot be told apart by clusters; "
                          "recipe small needs at least 8, and some hundreds to learn something")
@@ -74,7 +77,7 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
     else:
         crops = ("2x64@0.25-1+4x32@0.08-0.25",
                  "seen in minutes by a small trunk; 2x128+4x64 shows more, at 4 times the cost")
-    return {
+    rule = {
         "arch": ("regnety_100mf", "learns in minutes on two processors; any other may be named"),
         "batch_size": (batch, "half of the images, but at most 128: a step takes half a second"),
         "steps": (steps, "25 epochs, but at least 400 steps: all sets tried had left ln K by then"),
@@ -100,17 +103,33 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
         "warmup": (0.08, "short, as the run is"),
         "weight_decay": (1e-6, "as SwAV"),
     }
+    return rule if method == "swav" else of_method(rule, method, count)
+
+
+def of_method(rule: dict, method: str, count: int) -> dict:
+    """A rule of SwAV's for another method. count: images of the set."""
+    others = options_of_others(method)
+    kept = {name: value for name, value in rule.items() if name not in others}
+    return kept | small_of(method, count, rule["batch_size"][0])
 
 
 def remedies(config: Config) -> str:
     """Which settings of a run that learns nothing to change: those that differ from the values with
     which small sets learned, in the order in which they mattered (docs/collapse.md)."""
     helped = {"strength": min(config.strength, 0.2),
-              "lr": max(config.lr, SMALL_PEAK * 256 / config.batch_size),
-              "epsilon": min(config.epsilon, 0.03), "prototypes": min(config.prototypes, 128),
-              "head_bn": True, "gray": 0.0, "blur": 0.0, "freeze_prototypes": 0}
+              "lr": max(config.lr, SMALL_PEAK * 256 / config.batch_size)}
+    if config.method == "swav":
+        helped |= {"epsilon": min(config.epsilon, 0.03), "prototypes": min(config.prototypes, 128),
+                   "head_bn": True}
+    else:
+        rule = small_of(config.method, SMALL, config.batch_size)
+        helped |= {name: value for name, (value, _) in rule.items() if name != "crops"}
+    helped |= {"gray": 0.0, "blur": "0"}
+    if config.method == "swav":
+        helped |= {"freeze_prototypes": 0}
+    wanted = replace(config, **helped)
     changes = [flag(name) if value is True else
-               f"{flag(name)} {value:g} (now {getattr(config, name):g})"
-               for name, value in helped.items() if value != getattr(config, name)]
+               f"{flag(name)} {wanted.text(name)} (now {config.text(name)})"
+               for name, value in helped.items() if wanted.text(name) != config.text(name)]
     return ", ".join(changes) or ("nothing that is known: all are at the values that helped; left "
                                   "to try are more --steps and a larger --batch-size")

@@ -21,6 +21,7 @@ from distributed.agreement import disagreement
 from distributed.ranks import barrier, fail_together, gather_lists
 from larc import norms
 from methods.build import build_method
+from swav import Queue
 from training.rollback import NotFinite
 from training.run import Run
 from training.signals import Stop
@@ -81,7 +82,7 @@ class Saver:
 def run_state(run: Run, step: int) -> dict:
     """All that a run needs to go on after `step` steps: a collective.
 
-    A method's `queue`, where it has one (swav.Queue), stands outside its state dict: each rank
+    A method's `queue`, where it is a swav.Queue, stands outside its state dict: each rank
     holds a part of it, and a run may go on with another number of ranks.
     """
     state = {"version": VERSION, "step": step, "config": run.config.as_dict(),
@@ -89,7 +90,7 @@ def run_state(run: Run, step: int) -> dict:
              "sizes": run.stream.images.sizes, "place": os.path.realpath(run.config.data),
              "model": run.method.state_dict(),
              "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
-    if queue := getattr(run.method, "queue", None):
+    if queue := queue_of(run.method):
         parts = [queue.embeddings]
         if dist.is_initialized():
             parts = [torch.empty_like(queue.embeddings) for _ in range(run.world)]
@@ -101,6 +102,11 @@ def run_state(run: Run, step: int) -> dict:
     return state | {"pending": run.pending | {"bad": bad}}
 
 
+def queue_of(method: nn.Module) -> Queue | None:
+    queue = getattr(method, "queue", None)
+    return queue if isinstance(queue, Queue) else None
+
+
 def load_run_state(run: Run, state: dict) -> None:
     """The way back from run_state, whether run and state are sharded or not. state["path"]: where
     it is from; state["last"]: whether it is the last checkpoint. Raises ValueError where the
@@ -108,7 +114,7 @@ def load_run_state(run: Run, state: dict) -> None:
     restore(run.method, run.optimizer, state, state["path"],
             dist.group.WORLD if dist.is_initialized() else None)
     run.scaler.load_state_dict(state["scaler"])
-    if queue := getattr(run.method, "queue", None):
+    if queue := queue_of(run.method):
         embeddings = state["queue"]["embeddings"][:, run.rank::run.world].contiguous()
         queue.embeddings = embeddings.to(run.device)
         queue.filled = state["queue"]["filled"] // run.world

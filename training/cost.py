@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distributed.fsdp import shard_ranks
 from distributed.padding import odd_widths
 from distributed.wrap import stages_of, sync_group
-from methods.build import build_method
+from methods.build import METHODS, build_method
 from recipes.config import Config
 from regnet import ARCHS, complexity
 from swav import ASSIGNED, assigned_sizes
@@ -35,7 +35,7 @@ class Cost(NamedTuple):
     run gathers at once: the stem, each block, the head. Of one image, over all its crops:
     multiply-adds of a forward pass, and bytes of the trunk kept for backward."""
     trunk_params: int
-    params: int                          # of trunk, head and prototypes
+    params: int                          # that learn: of trunk, head and prototypes
     units: list[int]                     # that are sharded, of each in its order: no BatchNorm's
     norms: list[int]                     # channels of the trunk's BatchNorms: one pass a crop size
     head_norms: list[int]                # of the head's: one pass for all sizes
@@ -45,16 +45,21 @@ class Cost(NamedTuple):
     activations: int                     # bytes, without checkpointing
     inputs: int                          # bytes, with it: the inputs of blocks, and the stem
     block: int                           # bytes, with it: of the largest block, in backward
+    still: int                           # bytes of buffers, and of a momentum encoder
 
 
 def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
     """Counted on the meta device: takes a second or two, and no memory, also for 10 billion."""
     specs, arch, model = config.crops, config.arch, build_method(config, "meta")
-    trunk_params, params = (sum(p.numel() for p in m.parameters()) for m in (model.trunk, model))
-    norms, head_norms = ([m.num_features for m in part.modules() if isinstance(m, _BatchNorm)]
-                         for part in (model.trunk, model.head))
-    linear = (model.prototypes, *(m for m in model.head if isinstance(m, nn.Linear)))
-    head_flops = sum(m.weight.numel() for m in linear)                   # of a crop
+    trunk_params, params = (sum(p.numel() for p in m.parameters() if p.requires_grad)
+                            for m in (model.trunk, model))
+    still = sum(4 * x.numel() for x in (*model.parameters(), *model.buffers())
+                if not x.requires_grad)
+    norms = [m.num_features for m in model.trunk.modules() if isinstance(m, _BatchNorm)]
+    beside = [m for m in model.modules() if m not in set(model.trunk.modules())
+              and any(p.requires_grad for p in m.parameters(recurse=False))]
+    head_norms = [m.num_features for m in beside if isinstance(m, _BatchNorm)]
+    head_flops = sum(m.weight.numel() for m in beside if isinstance(m, nn.Linear))   # of a crop
     flops, kept = {}, {}
     for spec in specs:
         if arch in ARCHS:
@@ -72,7 +77,7 @@ def cost(config: Config, dtype: torch.dtype = torch.bfloat16) -> Cost:
         total, total + views * head_flops,
         sum(spec.count * (flops[spec] + head_flops) for spec in specs[:first]),
         *(sum(spec.count * kept[spec][i] for spec in specs) for i in (0, 1)),
-        max(spec.count * kept[spec][2] for spec in specs))
+        max(spec.count * kept[spec][2] for spec in specs), still)
 
 
 def unit_params(model: nn.Module) -> list[int]:
@@ -83,7 +88,8 @@ def unit_params(model: nn.Module) -> list[int]:
                    for p in part.parameters(recurse=False))
 
     blocks = [sharded(block) for _, stage in stages_of(model.trunk) for block in stage]
-    return [sharded(model.trunk) - sum(blocks), *blocks, sharded(model.head)]
+    head = getattr(model, "head", nn.Identity())
+    return [sharded(model.trunk) - sum(blocks), *blocks, sharded(head)]
 
 
 def shards_of(config: Config, ranks: int) -> int:
@@ -94,7 +100,8 @@ def shards_of(config: Config, ranks: int) -> int:
 def first_sizes(config: Config) -> int:
     """Of the crop sizes, how many go through the first pass of accumulation, for the codes."""
     counts = [spec.count for spec in config.crops]
-    return len(counts) if config.codes_need_all_crops() else assigned_sizes(counts)
+    all_of_them = config.method != "swav" or config.codes_need_all_crops()
+    return len(counts) if all_of_them else assigned_sizes(counts)
 
 
 def kept_for_backward(trunk: nn.Module, size: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -142,9 +149,10 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
     pixels = sum(spec.count * 3 * spec.size ** 2 for spec in config.crops)
     kept = cost.inputs + cost.block if checkpointing else cost.activations
     rows = share + config.queue // ranks
-    codes = 2 * ASSIGNED * rows * config.prototypes * 4       # scores of the whole share, and codes
+    outputs = config.prototypes if "prototypes" in METHODS[config.method].options else 0
+    codes = 2 * ASSIGNED * rows * outputs * 4                 # scores of the whole share, and codes
     # of the head in autocast; then in float32 scores, log p, and the gradients of both
-    loss = views * (2 * dtype.itemsize * sum(config.head) + 4 * 4 * config.prototypes)
+    loss = views * (2 * dtype.itemsize * sum(config.head) + 4 * 4 * outputs)
     # whether odd widths are padded is measured later
     padded = (config.arch in ARCHS and bool(odd_widths(ARCHS[config.arch]))
               and config.pad_widths is not False and device.type == "cuda")
@@ -154,6 +162,8 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
     parameters = (shard_memory(cost, shards, ranks, copied * padded, dtype)
                   if shards > 1 else
                   whole_memory(cost, config, micro_batch, checkpointing, padded, dtype))
+    if config.method != "swav":
+        parameters["momentum encoder, queue, memory"] = cost.still
     return parameters | {
         "activations of the trunk": micro_batch * kept,
         "head, scores and loss": micro_batch * loss + codes,

@@ -21,12 +21,15 @@ from data.loader import SHARED
 from distributed.hardware import peak_memory
 from distributed.ranks import gather_lists, mean_over_ranks
 from distributed.wrap import sync_group
+from evaluation.summary import sheet_name
 from figures.curves import PROBES
 from figures.sheets import views
+from methods.build import METHODS
 from recipes.config import Config
 from regnet import ARCHS
+from swav import ASSIGNED
 from training.checkpoint import Saver
-from training.collapse import Watchdog
+from training.collapse import Watchdog, statistics_of
 from training.plan import expected_time
 from training.rollback import Verdict
 from training.run import Run
@@ -65,7 +68,7 @@ class Monitor:
         if self.main and step == 0:
             try:
                 views(self.run.out / "views.png", list(micro_batches[0]), config.crops,
-                      config.mean, config.std)
+                      config.mean, config.std, ASSIGNED if config.method == "swav" else 0)
             except OSError as error:
                 tqdm.write(f"warning: views.png could not be written: {reason(error)}")
 
@@ -97,10 +100,11 @@ class Monitor:
         """A line of log.jsonl, TensorBoard and the terminal. outputs: None after a bad step."""
         run, config, done = self.run, self.run.config, step + 1
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        entry = {"step": done, "images": done * config.batch_size, "lr": config.lr_at(step),
-                 "ln_k": math.log(config.prototypes)}
+        entry = {"step": done, "images": done * config.batch_size, "lr": config.lr_at(step)}
+        if config.method == "swav":
+            entry["ln_k"] = math.log(config.prototypes)
         if outputs is not None:
-            entry |= {"loss": loss.item(), **run.method.statistics(outputs, loss)}
+            entry |= {"loss": loss.item(), **statistics_of(run.method, outputs, loss)}
         entry |= {"skipped": run.pending["skipped"], "waited": self.batches.waited / seconds,
                   "images_per_second": (done - self.logged) * config.batch_size / seconds,
                   "memory_gb": peak_memory(run.device) / 1e9}
@@ -125,7 +129,8 @@ def start_lines(run: Run) -> str:
     if batches.workers == 0 and config.workers < 0:
         ahead = f", for which {SHARED} is too small"
     takes = ""
-    if run.device.type != "cpu" and config.recipe not in ("demo", "small"):     # these: minutes
+    if (run.device.type != "cpu" and config.recipe not in ("demo", "small")     # these: minutes
+            and config.method == "swav"):
         takes = f", {expected_time(config, run.dtype, world)}"
     source = config.data or "the built-in demo images (--data DIR trains on your own)"
     norms = ""
@@ -136,8 +141,7 @@ def start_lines(run: Run) -> str:
     small = " (for fewer than 100,000 images; --explain gives its reasons)"
     return (f"data: {count:,} images from {source}\n"
             f"recipe {config.recipe}{small * (config.recipe == 'small')}: {config.arch}, "
-            f"crops {config.text('crops')}, head {config.text('head')}, "
-            f"{config.prototypes} prototypes; ln K = {math.log(config.prototypes):.3f}\n"
+            f"crops {config.text('crops')}, {method_text(config)}\n"
             f"batch {config.batch_size} = {world} rank{'s' * (world > 1)} x "
             f"{config.batch_size // world // config.micro_batch} x {config.micro_batch}; "
             f"lr {config.lr:g} per 256 images = {config.peak_lr():g}; {config.steps} steps = "
@@ -150,10 +154,23 @@ def start_lines(run: Run) -> str:
             + "".join(f"\n{event}" for event in run.pending["events"]))
 
 
+def method_text(config: Config) -> str:
+    """The method's own settings."""
+    if config.method == "swav":
+        return (f"head {config.text('head')}, {config.prototypes} prototypes; "
+                f"ln K = {math.log(config.prototypes):.3f}")
+    options = METHODS[config.method].options.split()
+    return ", ".join([config.method] + [f"{name.replace('_', ' ')} {config.text(name)}"
+                                        for name in options if name != "head_bn"])
+
+
 def progress(steps: tqdm, entry: dict, config: Config) -> None:
     """On a terminal beside the progress bar, else a line."""
     shown = {"loss": "loss {:.3f}", "loss_over_ln_k": " ({:.2f} ln K)",
-             "prototypes_used": "  prototypes {:.0%}", "effective_rank": "  rank {:.0f}",
+             "loss_over_ln_candidates": " ({:.2f} of chance)", "loss_over_ln_keys":
+             " ({:.2f} of chance)", "prototypes_used": "  prototypes {:.0%}",
+             "clusters_used": "  clusters {:.0%}", "top1": "  top-1 {:.0%}",
+             "effective_rank": "  rank {:.0f}",
              "images_per_second": "  {:.0f} img/s",
              **{probe: f"  {probe} {{:.1f}} %" for probe in PROBES}}
     text = "".join(words.format(entry[name]) for name, words in shown.items() if name in entry)
@@ -208,5 +225,6 @@ def usage(config: Config, out: Path) -> str:
                  f"trunk = RegNet(ARCHS[{config.arch!r}])"]
     lines.append(f"trunk.load_state_dict(torch.load({str(out / 'trunk.pt')!r})); trunk.eval()")
     mean, std = config.text("mean"), config.text("std")
-    return (f"\n{out} holds trunk.pt, log.jsonl and, to look at, prototypes.png and views.png.\n"
+    return (f"\n{out} holds trunk.pt, log.jsonl and, to look at, {sheet_name(config)} and "
+            "views.png.\n"
             f"The trunk takes RGB in 0..1, minus {mean}, over {std}:\n    " + "\n    ".join(lines))

@@ -121,6 +121,8 @@ def plan(config: Config, num_images: int | None = None, gpus: int = 8, gpu_memor
     """
     if not all(0 < x < math.inf for x in (gpus, gpu_memory, *gpu)):
         raise ValueError("--gpus, --gpu-memory and the rates of a GPU must be above 0")
+    if config.method != "swav":
+        raise ValueError(f"--plan counts SwAV's step, not that of {config.method}")
     asked, dtype = config, PRECISIONS.get(config.precision, torch.bfloat16)
     counted, passed = cost(config, dtype), passes(config, dtype)
     config = choose_shards(counted, with_length(config, num_images or IMAGENET), gpus,

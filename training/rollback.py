@@ -63,7 +63,8 @@ class Rollback:
         """Whether a step counts; save: whether this rank finds that it is time to. note: the one
         sync point of a step (float16's scaler has another), and a collective."""
         run, self.step = self.run, step
-        gradient_norms = norms([p.grad for p in run.method.parameters() if p.grad is not None])
+        params = [p for group in run.optimizer.param_groups for p in group["params"]]
+        gradient_norms = norms([p.grad for p in params if p.grad is not None])
         loss_finite, outputs_finite, gradients_finite = (
             x.isfinite().all() for x in (loss, outputs[0], gradient_norms))
         # a rank with outputs that are not finite spoils the codes of all ranks: its number is told

@@ -52,11 +52,11 @@ class Run:
         return Path(self.config.out)
 
 
-def build_network(config: Config, device: torch.device, dtype: torch.dtype, world: int):
+def build_network(config: Config, device: torch.device, dtype: torch.dtype, world: int, images):
     """-> the method with fresh weights, and what is called in its place for passes with gradient.
     Of a sharded run no rank has whole weights at any time."""
     mesh = shard_mesh(device, config.shard_group) if config.shard else None
-    build = partial(build_method, config, "meta" if mesh else device, world)
+    build = partial(build_method, config, "meta" if mesh else device, world, images)
     method = build()
     wrapped = wrap(method, device, config.sync_bn_group, config.checkpoint_activations,
                    config.compile, config.channels_last, config.pad_widths,
@@ -64,6 +64,16 @@ def build_network(config: Config, device: torch.device, dtype: torch.dtype, worl
     if mesh:
         materialise(method, build, device)
     return method, wrapped
+
+
+def parameter_groups(config: Config, method: nn.Module) -> list[dict]:
+    """For the optimizer: one group, or a second one of BatchNorm's parameters and biases."""
+    params = list(method.parameters())
+    if not config.exclude_bias_bn:
+        return [{"params": params}]
+    return [{"params": [p for p in params if p.dim() > 1]},
+            {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0,
+             "trust_coefficient": 0.0}]
 
 
 def open_loader(run: Run, workers: int) -> Loader:
@@ -81,4 +91,6 @@ def open_loader(run: Run, workers: int) -> Loader:
             and loader.in_flight * ranks > free_shared_memory()):
         loader = new(0)
     check_shared_memory(loader.in_flight * ranks)
+    if hasattr(run.method, "images_of"):
+        run.method.images_of = loader.images_of
     return loader

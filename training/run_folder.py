@@ -25,7 +25,7 @@ from training.checkpoint import VERSION
 from weights.atomic import write_whole
 
 MAX_NAMED = 100_000         # images
-PRODUCTS = ("trunk.pt", "prototypes.png", "results.json")               # of a finished run
+PRODUCTS = ("trunk.pt", "prototypes.png", "neighbours.png", "results.json")     # of a finished run
 FILES = ("config.json", "log.jsonl", "views.png", "loss.png", *PRODUCTS)
 
 
@@ -93,9 +93,9 @@ class Log:
 
     def write(self, entry: dict, faults: list) -> None:
         """One line; faults: of the images replaced since the last one, stream.Fault each."""
-        entry["replaced"] = dict(sorted(Counter(cause for _, cause, _ in faults).items()))
+        entry["replaced"] = dict(sorted(Counter(cause for _, cause, *_ in faults).items()))
         entry["bad"] = []
-        for name, cause, detail in faults:
+        for name, cause, detail, *_ in faults:
             if name not in self.named and len(self.named) < MAX_NAMED:
                 self.named.add(name)
                 entry["bad"].append({"name": name, "cause": cause, "detail": detail})
