@@ -33,8 +33,8 @@ SHEET = 2048                # images from which the sheet of prototypes is drawn
 
 
 def look_back(run) -> None:
-    """results.json of a demo, loss.png where there is matplotlib, and a sheet, the last file of all:
-    with it, a run is finished. It is prototypes.png of SwAV, neighbours.png of other methods.
+    """results.json of a demo, loss.png where there is matplotlib, and a sheet, the last file of
+    all: with it, a run is finished. It is prototypes.png of SwAV, else neighbours.png.
 
     run: .config, a recipes.config.Config; .method; .stream.images; .out; .device.
     """

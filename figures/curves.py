@@ -4,8 +4,9 @@
 
 Each run's loss is divided by ln K of its own K, the number of its prototypes: so runs with other
 numbers compare, and 1 is the loss of predictions that know nothing. So is it with other methods,
-where they have such a loss; that of BYOL and Barlow Twins is drawn as it is. It reads config.json and
-log.jsonl of a run's folder; an entry is what a line of log.jsonl holds.
+where they have such a loss; that of BYOL and Barlow Twins is drawn as it is.
+
+It reads config.json and log.jsonl of a run's folder; an entry is what a line of log.jsonl holds.
 """
 import json
 import math
