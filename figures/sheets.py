@@ -194,14 +194,14 @@ def views(path: str | Path, crops: list[Tensor], specs, mean: Sequence[float],
     sheet(path, views_caption(rows, assigned), shown, crop_names(specs, assigned))
 
 
-def views_caption(rows: int, assigned: int) -> str:
+def views_caption(rows: int, assigned: int = ASSIGNED) -> str:
     codes = ("\nAssigned crops get codes by Sinkhorn-Knopp; the network learns to predict "
              "the code of an assigned crop from each of the image's other crops.")
     return (f"The first {rows} images of the first batch: augmented crops, as the network sees "
             "them." + codes * bool(assigned))
 
 
-def crop_names(specs, assigned: int) -> list[str]:
+def crop_names(specs, assigned: int = ASSIGNED) -> list[str]:
     """Over each column of the views: number, size, and whether it is assigned or small."""
     sizes = [spec.size for spec in specs for _ in range(spec.count)]
     kinds = ["assigned" if i < assigned else "small" * (size < max(sizes))

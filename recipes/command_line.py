@@ -42,8 +42,8 @@ def parse_arguments(argv: list[str]) -> dict:
     """Command line -> the options given. Hyphens and underscores alike."""
     parser = argparse.ArgumentParser(
         "train.py", usage="train.py [--data DIR] [--arch ARCH] [--out DIR] [more: see --help]",
-        description="Pretrain a RegNet with SwAV, as SEER was.", argument_default=argparse.SUPPRESS,
-        allow_abbrev=False)
+        description="Pretrain a RegNet with SwAV, as SEER was, or with another method.",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
     swav = {name: value for name, (value, _) in SWAV["swav"].items()}
     recipes = {"seer": {}, "swav": swav, **RECIPES}     # a field's default is that of the 256GF
     for field in dataclasses.fields(Config):

@@ -93,7 +93,8 @@ class Config:
     cache: str = option("auto", "folder where shrunk images are kept; off: none; auto: where "
                         "decoding is measured to take most of the time and the set is small, in "
                         "the user's cache folder, shrunk to what the crops need")
-    out: str = option("", "folder of the run; none: runs/RECIPE-ARCH")
+    out: str = option("", "folder of the run; none: runs/RECIPE-ARCH, of other methods "
+                      "runs/RECIPE-METHOD-ARCH")
     init: str = option("", "weights to start from: a file or an official name (python -m weights "
                        "lists them); none: random ones")
     method: str = option("swav", "what is learned: " + ", ".join(METHODS), choices=tuple(METHODS))
@@ -125,7 +126,8 @@ class Config:
     # crops -> scores -> loss
     head: tuple[int, ...] = option("8192-8192-256", "widths of the projection head")
     head_bn: bool = option(False, "BatchNorm in the head (SwAV, and SEER up to 32GF)")
-    prototypes: int = option(16000, "number of prototypes, K (SwAV: 3000)", 1, 1_000_000)
+    prototypes: int = option(16000, "number of prototypes, K (SwAV: 3000); dino: of outputs; "
+                             "deepcluster_v2: of clusters", 1, 1_000_000)
     epsilon: float = option(0.05, "Sinkhorn's softness of the codes (SEER-10B: 0.03)", 1e-3, 10)
     sinkhorn_iterations: int = option(10, "Sinkhorn iterations (SwAV: 3)", 1, 1000)
     hard: bool = option(False, "one-hot codes")
@@ -133,12 +135,12 @@ class Config:
         None, "of a batch in several micro-batches: all crops, not the assigned ones alone, go "
               "through the pass that makes the codes, for a head's BatchNorm (7 % more "
               "multiply-adds for 2x224+4x96); None: where the head has BatchNorm")
-    temperature: float = option(0.1, "temperature of the predictions", 1e-3, 10)
-    queue: int = option(0, "embeddings kept for Sinkhorn, over all ranks; used once full", 0,
-                        10_000_000)
+    temperature: float = option(0.1, "temperature of the predictions, or similarities", 1e-3, 10)
+    queue: int = option(0, "embeddings kept for Sinkhorn, over all ranks; used once full; mocov2: "
+                        "keys", 0, 10_000_000)
     queue_start: int = option(0, "step from which the queue is used, if full", 0, MAX_STEPS)
-    freeze_prototypes: int = option(313, "steps during which the prototypes stay as they began", 0,
-                                    MAX_STEPS)
+    freeze_prototypes: int = option(313, "steps during which the prototypes stay as they began; "
+                                    "dino: the last layer", 0, MAX_STEPS)
     # of other methods (methods/)
     predictor: tuple[int, ...] = option("4096-256", "byol: widths of the predictor")
     target_momentum: float = option(0.996, "mocov2, byol, dino: momentum of the slowly moving copy "
@@ -289,7 +291,8 @@ def complete(given: dict, world: int, recipe: str, rule: dict) -> Config:
                              "that ends as one pixel is no batch for BatchNorm; use 2")
     places = {name: os.path.abspath(getattr(config, name)) for name in ("data", "probe")
               if getattr(config, name)}                     # a run is resumed from any folder
-    return dataclasses.replace(config, out=config.out or f"runs/{recipe}-{config.arch}", **places)
+    name = recipe if config.method in ("swav", recipe) else f"{recipe}-{config.method}"
+    return dataclasses.replace(config, out=config.out or f"runs/{name}-{config.arch}", **places)
 
 
 def check_ranges(config: Config) -> None:
