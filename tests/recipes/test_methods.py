@@ -1,9 +1,9 @@
 """recipes/methods.py: the other methods' published recipes, against the numbers of their papers."""
 import random
+from types import SimpleNamespace
 
 import pytest
 
-from data.demo import DemoImages
 from methods.build import METHODS, build_method, options_of_others
 from multicrop import MultiCrop
 from recipes.command_line import choose_recipe, configure, explain
@@ -86,6 +86,8 @@ def test_numbers_of_the_papers():
     assert barlow.lr * barlow.loss_scale == pytest.approx(0.0048)       # the paper's, of biases
     assert len(dino.blur) == len(dino.solarize) == sum(spec.count for spec in dino.crops) == 8
     assert round(dino.teacher_warmup * 800) == 50 and dino.freeze_prototypes == IMAGENET // 4080
+    assert dino.crops == ((2, 224, (0.14, 1.0)), (6, 96, (0.05, 0.14)))
+    assert (recipe("deepcluster_v2").prototypes, recipe("deepcluster_v2").clusterings) == (3000, 3)
     moco = recipe("mocov2")
     assert moco.trust_coefficient == 0 and not moco.exclude_bias_bn
     assert (moco.queue, moco.target_momentum, moco.temperature) == (65_536, 0.999, 0.2)
@@ -122,10 +124,11 @@ def test_what_a_method_cannot_take_is_refused(given, message):
         configure(given)
 
 
-def test_explain_prints_a_published_recipe():
-    lines = explain({"recipe": "byol", "workers": 0, "cache": "off", "lr": 0.45}, 1,
-                    DemoImages("train")).splitlines()
-    assert lines[0].startswith("recipe byol for ")
+def test_explain_prints_a_published_recipe(monkeypatch):
+    monkeypatch.setattr("recipes.command_line.settle", lambda *_: SimpleNamespace(text="input"))
+    lines = explain({"recipe": "byol", "lr": 0.45}, 1, Many(IMAGENET)).splitlines()
+    assert lines[0] == "recipe byol for 1,281,167 images" and len(lines) == len(
+        PUBLISHED["byol"]) + 2
     assert "  --method byol".ljust(46) + "arXiv 2006.07733" in lines
     assert "  --weight-decay 1.5e-06".ljust(46) + "paper" in lines
     assert "  --lr 0.45".ljust(46) + "given; the recipe has 0.2" in lines
