@@ -114,12 +114,12 @@ def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[obje
     """The recipe's name, and its options with their values and reasons."""
     recipe, method = choose_recipe(given, images), given.get("method", "swav")
     if recipe in PUBLISHED:
-        if method not in ("swav", recipe):
-            raise ValueError(f"--recipe {recipe} is not for --method {method}")
+        if given.get("method", recipe) != recipe:
+            raise ValueError(f"--recipe {recipe} is for --method {recipe}, not {method}")
         return recipe, PUBLISHED[recipe]
-    if method != "swav" and recipe not in ("demo", "small"):
-        raise ValueError(f"--recipe {recipe} is SwAV's; --recipe {method} is a published one of "
-                         f"{method}, demo and small are measured here")
+    if method != "swav" and recipe in ("seer", "medium", *SWAV):
+        raise ValueError(f"--recipe {recipe} is for --method swav; {method} has the recipes "
+                         f"{method}, small and demo")
     if recipe == "small":
         surveyed = survey(DemoImages() if images is None else images, decode)
         return recipe, small(surveyed, given, world)

@@ -100,7 +100,8 @@ class Config:
     method: str = option("swav", "what is learned: " + ", ".join(METHODS), choices=tuple(METHODS))
     recipe: str = option("", "named set of defaults; none: small for fewer than 100,000 images "
                          "of your own, medium up to 100 million, seer for more or with --arch "
-                         "alone, else demo")
+                         "alone, else demo; of other methods instead of medium and seer the "
+                         "published one, by the method's name")
     days: float = option(2.0, "recipe medium: days that the run may take, by which it chooses the "
                          "network", 0.001, 10_000)
     arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS, or resnet50")

@@ -120,7 +120,7 @@ def test_options_that_are_written_as_text(option, text, value, written):
     (["--crops=2x100000"], "a size of 7 to 2,048 pixels"),
     (["--crops=101x32"], "a count of 1 to 100"),
     (["--crops=2x32+2x8"], "--crops 2x32.*: 8 pixels are a single one before the last of"),
-    (["--crops=1x32"], "--crops 1x32: swav needs crops of an image: two"),
+    (["--crops=1x32"], "--crops 1x32: swav needs crops of an image: two, or more"),
     (["--head=8192x256"], "head '8192x256' is not WIDTH"), (["--head="], "head '' is not"),
     (["--head=16-0"], "head '16-0' is not"), (["--head=16--8"], "head '16--8' is not"),
     (["--mean=nan,0,0"], "--mean nan,0,0: needs numbers"),
