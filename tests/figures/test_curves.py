@@ -62,7 +62,7 @@ def test_skipped_steps_and_a_line_that_was_cut_off_are_left_out(tmp_path):
     with open(run / "log.jsonl", "a") as log:
         log.write('{"step": 90, "skipped": 1}\n{"step": 91, "lo')
     curve = read_curve(run)
-    assert (curve.name, curve.prototypes) == ("a", 30)
+    assert curve.name == "a, K = 30"
     assert curve.columns[0] == list(range(1, 90))
     assert curve.columns[1][-1] == pytest.approx(3.21 / 3.4011974)
 
