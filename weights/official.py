@@ -205,22 +205,24 @@ def official_names(path: Path) -> list[str]:
         and (entry.licence in ("seer", "vissl") or not _COMMON.fullmatch(path.name)))]
 
 
+def fetch_path(name: str) -> Path:
+    """Where an official file is kept: in torch.hub's cache, named as torchvision names its own, by
+    the last part of the URL, so that both share it. Where other URLs may end alike (two of SEER's
+    do) it is NAME.torch."""
+    last = OFFICIAL[name].url.rpartition("/")[2]
+    return Path(torch.hub.get_dir(), "checkpoints",
+                f"{name}.torch" if _COMMON.fullmatch(last) else last)
+
+
 def fetch(name: str, quiet: bool = False) -> Path:
     """An official file in torch.hub's cache; downloaded if it is not there. Prints its licence
-    once, unless quiet. Raises ValueError where the download fails.
-
-    The file is named as torchvision names its own, by the last part of the URL, so that both share
-    it. Where other URLs may end alike (two of SEER's do) it is NAME.torch.
-    """
+    once, unless quiet. Raises ValueError where the download fails."""
     entry = OFFICIAL[name]
-    last = entry.url.rpartition("/")[2]
-    shared = not _COMMON.fullmatch(last)
-    path = Path(torch.hub.get_dir(), "checkpoints", last if shared else f"{name}.torch")
     if entry.licence not in _licences_printed and not quiet:
         _licences_printed.add(entry.licence)
         print(f"licence of {name}: {LICENCES[entry.licence]}", file=sys.stderr)
-    digest = re.search(r"-([0-9a-f]{8})\.", last)
-    return download(entry.url, path, digest and digest[1], gigabytes(entry))
+    digest = re.search(r"-([0-9a-f]{8})\.", entry.url.rpartition("/")[2])
+    return download(entry.url, fetch_path(name), digest and digest[1], gigabytes(entry))
 
 
 def gigabytes(entry: Official) -> float | None:
