@@ -174,5 +174,6 @@ def swav_of(task: EvalTask) -> SwAV:
         raise ValueError(f"{task.source} holds no prototypes: name a run's folder or checkpoint.pt")
     head_bn = any(layer.dim() == 1 for layer in layers)
     model = SwAV(task.trunk, widths, len(tensors["prototypes.weight"]), head_bn)
-    load_weights(model, task.loaded)
+    if missing := load_weights(model, task.loaded).untouched:
+        raise ValueError(f"{task.source} has no {missing[0]} of SwAV's kind")
     return model

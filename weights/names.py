@@ -83,6 +83,9 @@ LEFT_OUT = re.compile(r"queue_ptr|bn\.(running_mean|running_var|num_batches_trac
                       r"|(momentum\.)?head\.last_layer\.weight_g|online_classifier\..+")
 OWN = re.compile(r"(?:head|momentum\.1)\.(?:(?:mlp\.)?\d+|last)|predictor\.\d+"
                  r"|prototypes(?:\.\d+)?")
+# what a method keeps besides weights, by its part; DeepCluster-v2's memory is of the run's images
+STATE = {"queue": "queue", "center": "center",
+         **dict.fromkeys(("memory", "assignments", "epoch", "moved"), "memory")}
 RESNET = re.compile(r"conv1|bn1|layer\d\.\d+\.(?:conv\d|bn\d|downsample\.\d)")
 # what DDP, torch.compile, FSDP and activation checkpointing add to a name
 WRAPPERS = re.compile(r"module|_orig_mod|_fsdp_wrapped_module|_fpw_module"
@@ -97,8 +100,7 @@ def without_wrappers(key: str) -> str:
 def part_of(name: str) -> str:
     """The part of a method that a tensor of this name belongs to: trunk, where it is no other's."""
     match = re.match(r"(head|prototypes|predictor|fc|detector|momentum\.[01])s?\.", name)
-    part = match[1] if match else {"queue": "queue", "center": "center"}.get(
-        name, "memory" if name in ("memory", "assignments", "epoch", "moved") else "trunk")
+    part = match[1] if match else STATE.get(name, "trunk")
     return {"momentum.0": "momentum trunk", "momentum.1": "momentum head"}.get(part, part)
 
 

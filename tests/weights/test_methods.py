@@ -1,10 +1,12 @@
 """Files of other methods, public ones and runs' own: right arch, right tensors in their place."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from evaluation.export import swav_of
 from methods.barlow_twins import BarlowTwins
 from methods.build import RESNETS, build_trunk
 from methods.byol import BYOL
@@ -240,3 +242,19 @@ def test_a_single_clustering_is_named_as_swavs_prototypes(put):
     torch.testing.assert_close(fresh.prototypes[0].weight, nn.functional.normalize(
         method.prototypes[0].weight, dim=1))
     assert load_weights(METHODS["swav"](), loaded).untouched == ()
+
+
+def test_clusters_are_never_of_a_head_that_was_not_loaded(put):
+    state = trained("swav").state_dict()
+    for left, sentence in ((set(), None), ({"head.0.bias"}, "no head of SwAV's kind"),
+                           ({"prototypes.weight"}, "holds no prototypes")):
+        file = put({"model": {key: x for key, x in state.items() if key not in left}})
+        task = SimpleNamespace(trunk=Tiny(), source="a run", loaded=read(file))
+        if sentence:
+            with pytest.raises(ValueError, match=sentence):
+                swav_of(task)
+        else:
+            assert torch.equal(swav_of(task).head[0].bias, state["head.0.bias"])
+    dino = put({"model": trained("dino").state_dict()})
+    with pytest.raises(ValueError, match="holds no prototypes"):
+        swav_of(SimpleNamespace(trunk=Tiny(), source="a run", loaded=read(dino)))
