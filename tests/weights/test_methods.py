@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from evaluation.export import swav_of
@@ -88,6 +89,10 @@ def test_the_wide_resnets_have_the_published_sizes(arch, millions):
     assert {key: list(value.shape) for key, value in trunk.state_dict().items()} == {
         key: widened(shape, RESNETS[arch]) for key, shape in TRUNK.items()}
     assert trunk.num_features == 2048 * RESNETS[arch]
+    assert trunk(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 2048 * RESNETS[arch])
+    geometry = [[(name, m.kernel_size, m.stride, m.padding) for name, m in network.named_modules()
+                 if isinstance(m, nn.Conv2d)] for network in (trunk, torchvision.models.resnet50())]
+    assert geometry[0] == geometry[1]
     assert arch_of(trunk.state_dict()) == (arch, "")
     other = dict(trunk.state_dict(), **{"conv1.weight": torch.empty(96, 3, 7, 7)})
     assert arch_of(other) is None               # torchvision's wide_resnet50_2 has a stem of 64
