@@ -165,7 +165,7 @@ def setup(config: Config, images, given=None, grow=False) -> Run:
             check_compiler(device)
     method, wrapped = build_network(config, device, dtype, world, images)
     if config.init and not state:
-        start_from(config.init, method, rank)
+        start_from(config.init, method, rank, config.method)
     optimizer = LARC(parameter_groups(config, method), config.peak_lr(), config.momentum,
                      config.weight_decay, config.trust_coefficient,
                      compiled=device.type == "cuda")

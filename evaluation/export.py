@@ -166,12 +166,14 @@ def caption(result: dict, shown: int) -> str:
 def swav_of(task: EvalTask) -> SwAV:
     """The whole model: trunk, head and prototypes, as the file's shapes say."""
     tensors = task.loaded.tensors if task.loaded else {}
-    numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("head.")})
+    numbers = sorted({int(name.split(".")[1]) for name in tensors
+                      if name.startswith("head.") and name.split(".")[1].isdigit()})
     layers = [tensors[f"head.{n}.weight"] for n in numbers]
     widths = [len(layer) for layer in layers if layer.dim() == 2]
     if not widths or "prototypes.weight" not in tensors:
         raise ValueError(f"{task.source} holds no prototypes: name a run's folder or checkpoint.pt")
     head_bn = any(layer.dim() == 1 for layer in layers)
     model = SwAV(task.trunk, widths, len(tensors["prototypes.weight"]), head_bn)
-    load_weights(model, task.loaded)
+    if missing := load_weights(model, task.loaded).untouched:
+        raise ValueError(f"{task.source} has no {missing[0]} of SwAV's kind")
     return model

@@ -12,6 +12,7 @@ from torch.cuda import is_available as cuda_is_here
 from data.demo import DemoImages
 from distributed.hardware import pick_device
 from distributed.roofline import Gpu
+from methods.build import RESNETS
 from multicrop import decode
 from recipes.config import LENGTHS, WRITTEN, Config, complete, flag, unknown, with_length
 from recipes.input import settle
@@ -103,11 +104,11 @@ def choose_recipe(given: dict, images) -> str:
             return "small"
         if method != "swav":
             return method
-        if len(images) <= LARGE and given.get("arch") != "resnet50":
+        if len(images) <= LARGE and given.get("arch") not in RESNETS:
             return "medium"
     if method != "swav" and given.get("arch"):
         return method
-    return {None: "demo", "resnet50": "swav"}.get(given.get("arch"), "seer")
+    return {None: "demo", **dict.fromkeys(RESNETS, "swav")}.get(given.get("arch"), "seer")
 
 
 def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[object, str]]]:

@@ -104,7 +104,8 @@ class Config:
                          "published one, by the method's name")
     days: float = option(2.0, "recipe medium: days that the run may take, by which it chooses the "
                          "network", 0.001, 10_000)
-    arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS, or resnet50")
+    arch: str = option("regnety_256gf", "trunk, a name from regnet.ARCHS, or resnet50, "
+                       "resnet50w2, w4, w5")
     # a given length replaces the recipe's; of several given, the shortest counts
     steps: int = option(0, "length of the run in optimizer steps", 0, MAX_STEPS)
     epochs: float = option(0.0, "length of the run in passes over the data", 0, 1_000_000)

@@ -27,7 +27,10 @@ from training.run import Run
 from training.signals import Stop
 from training.writer import ShardedWriter, Writer, newest, trunk_of
 from weights.atomic import load, save
+from weights.files import Loaded, read
 from weights.load import load_weights
+from weights.names import part_of
+from weights.official import OFFICIAL
 from weights.sharded import load_whole, restore
 
 VERSION = 4
@@ -155,16 +158,28 @@ def whole_method(run: Run) -> nn.Module:
     return method.to(run.device)
 
 
-def start_from(source: str, method: nn.Module, rank: int) -> None:
-    """--init: weights of another file. A download is left to one rank of a machine; the others wait
-    for it. Raises ValueError, on all ranks alike."""
+def start_from(source: str, method: nn.Module, rank: int, name: str = "") -> None:
+    """--init: weights of another file. name: the method's. A download is left to one rank of a
+    machine; the others wait for it. Raises ValueError, on all ranks alike."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     for turn in (first, not first):
         with fail_together(Exception):      # whatever it is, the other ranks must not wait
             if turn:
-                loaded = load_weights(method, source, quiet=rank > 0)
+                loaded = load_weights(method, init_weights(source, name, rank > 0),
+                                      quiet=rank > 0)
     if rank == 0:
-        print(f"starts from {source}: the trunk" + "".join(
-            f", {part}" for part in ("head", "prototypes") if part not in loaded.untouched)
-            + f"; new: {', '.join(loaded.untouched)}" * bool(loaded.untouched)
-            + f"; left: {', '.join(loaded.unused)}" * bool(loaded.unused))
+        print(f"starts from {source}: the " + ", ".join(sorted(loaded.loaded, key="trunk".__ne__))
+              + f"; new: {', '.join(loaded.untouched)}" * bool(loaded.untouched)
+              + f"; left: {', '.join(loaded.unused)}" * bool(loaded.unused))
+
+
+def init_weights(source: str, name: str, quiet: bool) -> str | Loaded:
+    """What load_weights takes. Of a run's folder it is the checkpoint, and of a run of another
+    method than `name` the trunk alone."""
+    if source in OFFICIAL:              # whose arch is looked at before a download
+        return source
+    loaded = read(next(iter(newest(source)), source), quiet=quiet)
+    if loaded.config and name not in ("", loaded.config.get("method", "swav")):
+        loaded = loaded._replace(tensors={key: tensor for key, tensor in loaded.tensors.items()
+                                          if part_of(key) == "trunk"})
+    return loaded

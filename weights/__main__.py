@@ -17,7 +17,7 @@ from torch import Tensor
 from weights.atomic import refuse_existing, save
 from weights.files import Loaded, read, state_dict_of
 from weights.load import describe
-from weights.names import TARGETS, from_ours, to_ours
+from weights.names import TARGETS, from_ours, part_of, to_ours
 from weights.official import LICENCES, OFFICIAL, gigabytes, official_names
 from weights.terminal import Text, one_sentence
 
@@ -25,10 +25,10 @@ from weights.terminal import Text, one_sentence
 def summary(loaded: Loaded) -> str:
     """A line for the network, each of its parts, and the licence."""
     tensors = loaded.tensors
-    trunk = [t for name, t in tensors.items() if not re.match(r"(head|prototypes|fc)\.", name)
+    trunk = [t for name, t in tensors.items() if part_of(name) == "trunk"
              and not re.search(r"running_|num_batches", name)]
-    linear = [t for name, t in tensors.items() if re.fullmatch(r"head\.\d+\.weight", name)
-              and t.dim() == 2]
+    linear = [t for name, t in tensors.items()
+              if re.fullmatch(r"head\.((mlp\.)?\d+|last)\.weight", name) and t.dim() == 2]
     lines = [f"{loaded.path}: {describe(tensors)}, named as in {loaded.layout}"]
     if trunk:
         lines.append(f"trunk: {sum(t.numel() for t in trunk) / 1e6:,.1f} M parameters, "
@@ -37,10 +37,13 @@ def summary(loaded: Loaded) -> str:
         norm = any(name.endswith("running_mean") for name in tensors if name.startswith("head."))
         lines.append("head: " + "-".join(str(n) for n in (
             linear[0].shape[1], *(t.shape[0] for t in linear))) + ", with BatchNorm" * norm)
-    if "prototypes.weight" in tensors:
-        lines.append(f"prototypes: {len(tensors['prototypes.weight']):,}")
+    if prototypes := [f"{len(t):,}" for name, t in tensors.items()
+                      if part_of(name) == "prototypes"]:
+        lines.append(f"prototypes: {' + '.join(prototypes)}")
     if "fc.weight" in tensors:
         lines.append(f"fc: {len(tensors['fc.weight']):,} classes")
+    if others := {part_of(name) for name in tensors} - {"trunk", "head", "prototypes", "fc"}:
+        lines.append(f"also: {', '.join(sorted(others))}")
     licences = {OFFICIAL[name].licence for name in official_names(loaded.path)}
     if not licences and len(tensors.get("prototypes.weight", ())) == 16000:
         licences, lines = {"seer"}, [*lines, "16,000 prototypes are SEER's, most likely"]
@@ -55,7 +58,7 @@ def write(tensors: dict[str, Tensor], layout: str, out: Path) -> None:
     or OSError where the file cannot be written."""
     state = from_ours(tensors, layout)
     named = to_ours(state_dict_of(state))[0]
-    left = sorted({key.split(".")[0] for key in tensors} - {key.split(".")[0] for key in named})
+    left = sorted({*map(part_of, tensors)} - {*map(part_of, named)})
     if left:
         print(f"left out, for {layout} has no names for them: {', '.join(left)}", file=sys.stderr)
     if out.suffix != ".safetensors":
@@ -72,7 +75,7 @@ def write(tensors: dict[str, Tensor], layout: str, out: Path) -> None:
 def list_official() -> None:
     for name, entry in OFFICIAL.items():
         size = gigabytes(entry)
-        print(f"{name:<32} {entry.arch:<15} {'' if size is None else f'{size:.2f}+ GB':>9}  "
+        print(f"{name:<34} {entry.arch:<15} {'' if size is None else f'{size:.2f}+ GB':>9}  "
               f"{entry.licence:<12} {entry.about}\n    {entry.url}")
 
 

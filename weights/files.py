@@ -32,12 +32,14 @@ from weights.terminal import reason
 
 
 class Loaded(NamedTuple):
-    """What a file holds. `load_weights` also says which of its parts (trunk, head, prototypes, fc)
-    the model has no place for, and which of the model's parts the file does not have."""
-    tensors: dict[str, Tensor]     # torchvision's names; head.N.*, prototypes.weight; fc.*
+    """What a file holds. `load_weights` also says which of its parts (trunk, head, prototypes, ...;
+    names.part_of) the model took, which it has no place for, and which of the model's the file does
+    not have."""
+    tensors: dict[str, Tensor]     # torchvision's names; head.N.*, prototypes.weight, ...; fc.*
     layout: str                    # a key of names.BLOCKS
     path: Path
     config: dict = {}              # of a run's checkpoint: its configuration
+    loaded: tuple[str, ...] = ()           # parts of both
     unused: tuple[str, ...] = ()           # parts of the file alone
     untouched: tuple[str, ...] = ()        # parts of the model alone
 
@@ -177,8 +179,9 @@ def foreign_names(path: Path, zipped: bool, error: Exception) -> list[str]:
 
 
 def state_dict_of(content) -> dict[str, Tensor]:
-    """The state dict in what a file holds: it may lie inside the dicts of VISSL, pycls,
-    facebookresearch/swav or this project. Raises ValueError where there is none."""
+    """The state dict in what a file holds: it may lie inside the dicts of VISSL, pycls, this
+    project or facebookresearch's (swav, moco, barlowtwins, dino). DINO's teacher is put beside its
+    student, with "momentum." before its names. Raises ValueError where there is none."""
     if isinstance(content, dict) and content.get("type", "consolidated") in (
             "shard_list", "shard", "slice_list", "slice"):
         raise ValueError(f"is a {content['type']} of sharded training: consolidate it with VISSL's "
@@ -190,6 +193,13 @@ def state_dict_of(content) -> dict[str, Tensor]:
             content = model["trunk"] | parts
         except (KeyError, TypeError, AttributeError):
             raise ValueError("is a VISSL file without a network") from None
+    if isinstance(content, dict) and all(isinstance(content.get(key), dict)
+                                         for key in ("student", "teacher")):
+        loss = content.get("dino_loss")
+        center = loss.get("center") if isinstance(loss, dict) else None
+        content = content["student"] | {
+            f"momentum.{key}": value for key, value in content["teacher"].items()} | (
+            {"center": center.flatten()} if isinstance(center, Tensor) else {})
     for wrapper in ("model", "model_state", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -1,12 +1,13 @@
-"""Official files: published RegNets, and SwAV's ResNet-50s, by name: arch, licence, download.
+"""Official files: published RegNets, and ResNet-50s of many methods: arch, licence, download.
 
     OFFICIAL["seer_regnety_32gf"].licence               # "seer", a key of LICENCES
     path = fetch("torchvision_regnety_400mf_v2")        # in torch.hub's cache, downloaded once
     official_names(path)                                # ["torchvision_regnety_400mf_v2"]
 
 Needs torch; the size of a file is known where regnet.py is there. Raises ValueError where a
-download fails. Licences: SEER's weights are for non-commercial research only, those of SwAV's
-ResNet-50s and SWAG's are CC BY-NC 4.0.
+download fails. Licences: SEER's weights are for non-commercial research only, those of
+facebookresearch/swav's ResNet-50s and SWAG's are CC BY-NC 4.0. URLs are those of each repository's
+README, and of VISSL's MODEL_ZOO.md.
 """
 import http.client
 import re
@@ -25,16 +26,23 @@ LICENCES = {
     "swag": "CC BY-NC 4.0: non-commercial (github.com/facebookresearch/SWAG)",
     "vissl": "none of their own; VISSL's repository is MIT (github.com/facebookresearch/vissl)",
     "torchvision": "BSD-3-Clause (github.com/pytorch/vision)",
+    "moco": "MIT by its source files, CC BY-NC 4.0 (non-commercial) by its README "
+            "(github.com/facebookresearch/moco)",
+    "dino": "Apache-2.0 (github.com/facebookresearch/dino)",
+    "barlowtwins": "MIT (github.com/facebookresearch/barlowtwins)",
+    "lightly": "MIT (github.com/lightly-ai/lightly)",
 }
 
 
 class Official(NamedTuple):
     url: str
-    arch: str                      # a name of regnet.ARCHS, or resnet50
+    arch: str                      # a name of regnet.ARCHS or of RESNETS
     licence: str                   # a key of LICENCES
     about: str
 
 
+RESNETS = {"resnet50": 23.5e6, "resnet50w2": 93.9e6, "resnet50w4": 375e6,
+           "resnet50w5": 586e6}                 # parameters
 _VISSL = "https://dl.fbaipublicfiles.com/vissl/model_zoo/"
 _SEER = {
     "32gf": "seer_regnet32d/seer_regnet32gf_model_iteration244000.torch",
@@ -56,7 +64,30 @@ _SWAV_REGNET = {
     "16gf": "swav_regnet16_in1k/swav_in1k_regnet16gf_model_final_checkpoint_phase799.torch",
     "128gf": "swav_regnet128_in1k/model_phase230.torch",
 }
-_SWAV_RESNET = "100ep 200ep 400ep 800ep 200ep_bs256 400ep_bs256 400ep_2x224"
+# name -> file, of facebookresearch/swav's repository
+_SWAV_RESNET = {
+    **{f"swav_resnet50_{run}": f"swav_{run}" for run in (
+        "100ep", "200ep", "400ep", "800ep", "200ep_bs256", "400ep_bs256", "400ep_2x224")},
+    **{f"swav_resnet50{width}_400ep": f"swav_RN50{width}_400ep" for width in ("w2", "w4", "w5")},
+    **{f"deepcluster_v2_resnet50_{run}": f"deepclusterv2_{run}"
+       for run in ("800ep", "400ep", "400ep_2x224")},
+    **{f"sela_v2_resnet50_{run}": f"selav2_{run}" for run in ("400ep", "400ep_2x224")}}
+_METHODS = {"swav": "SwAV", "deepcluster_v2": "DeepCluster-v2", "sela_v2": "SeLa-v2"}
+_CROPS = {"deepcluster_v2_resnet50_400ep": "2x160 + 4x96", "sela_v2_resnet50_400ep": "2x160 + 4x96"}
+# SimCLR of VISSL: epochs, and what stands in the URL
+_SIMCLR = """
+network    epochs run                  date  digest
+resnet50   100    rn50_100ep           16_07 8edb093e
+resnet50   200    rn50_200ep           16_07 a816c0ef
+resnet50   400    rn50_400ep           16_07 36b338ef
+resnet50   800    rn50_800ep           16_07 7e8feed1
+resnet50   1000   rn50_1000ep          16_07 afe428c7
+resnet50w2 100    rn50w2_100ep         16_07 05b37ec3
+resnet50w2 1000   rn50w2_1000ep        16_07 e1e3bbf0
+resnet50w4 1000   rn50w4_1000ep_bs32_16node 28_07 9e20b0ae
+"""
+_BARLOW = "https://dl.fbaipublicfiles.com/barlowtwins/ep1000_bs2048_lrw0.2_lrb0.0048_lambd0.0051/"
+_LIGHTLY = "https://lightly-ssl-checkpoints.s3.amazonaws.com/imagenet_resnet50_"
 # torchvision and SWAG: the end of a file's name is the beginning of its SHA-256
 _TORCHVISION = """
 size      v1       v2
@@ -101,10 +132,45 @@ def _of_vissl() -> Iterator[tuple[str, Official]]:
 
 
 def _of_swav() -> Iterator[tuple[str, Official]]:
-    for run in _SWAV_RESNET.split():
-        yield f"swav_resnet50_{run}", Official(
-            f"https://dl.fbaipublicfiles.com/deepcluster/swav_{run}_pretrain.pth.tar", "resnet50",
-            "swav", "SwAV on ImageNet, no labels")
+    for name, file in _SWAV_RESNET.items():
+        method, arch = re.match(r"(\w+)_(resnet50(?:w\d)?)_", name).groups()
+        yield name, Official(
+            f"https://dl.fbaipublicfiles.com/deepcluster/{file}_pretrain.pth.tar", arch, "swav",
+            f"{_METHODS[method]} on ImageNet, no labels" + f", crops {_CROPS.get(name)}" * (
+                name in _CROPS))
+
+
+def _of_methods() -> Iterator[tuple[str, Official]]:
+    """Of the other methods' repositories, of VISSL and lightly: all on ImageNet, without labels."""
+    def entry(url: str, licence: str, about: str) -> Official:
+        return Official(url, "resnet50", licence, f"{about} on ImageNet, no labels")
+
+    moco = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
+    dino = "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/dino_resnet50_pretrain"
+    for epochs in (200, 800):
+        yield f"mocov2_resnet50_{epochs}ep", entry(
+            f"{moco}moco_v2_{epochs}ep/moco_v2_{epochs}ep_pretrain.pth.tar", "moco", "MoCo v2")
+    yield "dino_resnet50", entry(f"{dino}.pth", "dino", "DINO's teacher, trunk alone,")
+    yield "dino_resnet50_full", entry(f"{dino}_full_checkpoint.pth", "dino", "DINO, all of it,")
+    yield "barlow_twins_resnet50_1000ep", entry(
+        f"{_BARLOW}resnet50.pth", "barlowtwins", "Barlow Twins, trunk alone,")
+    yield "barlow_twins_resnet50_1000ep_full", entry(
+        f"{_BARLOW}checkpoint.pth", "barlowtwins", "Barlow Twins, all of it,")
+    for arch, epochs, run, date, digest in _rows(_SIMCLR):
+        yield f"simclr_{arch}_{epochs}ep", entry(
+            f"{_VISSL}simclr_{run}_simclr_8node_resnet_{date}_20.{digest}/"
+            f"model_final_checkpoint_phase{int(epochs) - 1}.torch", "vissl", "SimCLR of VISSL"
+        )._replace(arch=arch)
+    yield "vissl_mocov2_resnet50_200ep", entry(
+        f"{_VISSL}moco_v2_1node_lr.03_step_b32_zero_init/model_final_checkpoint_phase199.torch",
+        "vissl", "MoCo v2 of VISSL")
+    for epochs in (300, 1000):
+        yield f"vissl_barlow_twins_resnet50_{epochs}ep", entry(
+            f"{_VISSL}barlow_twins/barlow_twins_32gpus_4node_imagenet1k_{epochs}ep_resnet50.torch",
+            "vissl", "Barlow Twins of VISSL")
+    yield "byol_resnet50_100ep", entry(
+        f"{_LIGHTLY}byol_2024-02-14_16-10-09/pretrain/version_0/checkpoints/"
+        "epoch%3D99-step%3D500400.ckpt", "lightly", "BYOL of lightly")
 
 
 def _of_torchvision() -> Iterator[tuple[str, Official]]:
@@ -124,41 +190,46 @@ def _of_torchvision() -> Iterator[tuple[str, Official]]:
             "SWAG, hashtags, then ImageNet with the trunk frozen")
 
 
-OFFICIAL = {name: entry for entries in (_of_vissl(), _of_swav(), _of_torchvision())
-            for name, entry in entries}
+OFFICIAL = {name: entry for entries in (
+    _of_vissl(), _of_swav(), _of_methods(), _of_torchvision()) for name, entry in entries}
 _licences_printed = set()          # by this process
+# names that files of other runs and methods have too
+_COMMON = re.compile(r"(resnet50|checkpoint|epoch.*|model_final_checkpoint_phase\d+)\.\w+")
 
 
 def official_names(path: Path) -> list[str]:
-    """The official files that a file may be, going by its own name: the last part of a URL, or
-    NAME.torch. Several where URLs end alike, none for any other file."""
-    return [name for name, entry in OFFICIAL.items()
-            if path.name in (entry.url.rpartition("/")[2], f"{name}.torch")]
+    """The official files that a file may be, going by its own name: the last part of a URL, where
+    it tells anything, or NAME.torch. Several where URLs end alike, none for any other file."""
+    return [name for name, entry in OFFICIAL.items() if path.name == f"{name}.torch" or (
+        path.name == entry.url.rpartition("/")[2]
+        and (entry.licence in ("seer", "vissl") or not _COMMON.fullmatch(path.name)))]
+
+
+def fetch_path(name: str) -> Path:
+    """Where an official file is kept: in torch.hub's cache, named as torchvision names its own, by
+    the last part of the URL, so that both share it. Where other URLs may end alike (two of SEER's
+    do) it is NAME.torch."""
+    last = OFFICIAL[name].url.rpartition("/")[2]
+    return Path(torch.hub.get_dir(), "checkpoints",
+                f"{name}.torch" if _COMMON.fullmatch(last) else last)
 
 
 def fetch(name: str, quiet: bool = False) -> Path:
     """An official file in torch.hub's cache; downloaded if it is not there. Prints its licence
-    once, unless quiet. Raises ValueError where the download fails.
-
-    The file is named as torchvision names its own, by the last part of the URL, so that both share
-    it. Where other URLs end alike (two of SEER's do) it is NAME.torch.
-    """
+    once, unless quiet. Raises ValueError where the download fails."""
     entry = OFFICIAL[name]
-    last = entry.url.rpartition("/")[2]
-    unique = sum(other.url.endswith("/" + last) for other in OFFICIAL.values()) == 1
-    path = Path(torch.hub.get_dir(), "checkpoints", last if unique else f"{name}.torch")
     if entry.licence not in _licences_printed and not quiet:
         _licences_printed.add(entry.licence)
         print(f"licence of {name}: {LICENCES[entry.licence]}", file=sys.stderr)
-    digest = re.search(r"-([0-9a-f]{8})\.", last)
-    return download(entry.url, path, digest and digest[1], gigabytes(entry))
+    digest = re.search(r"-([0-9a-f]{8})\.", entry.url.rpartition("/")[2])
+    return download(entry.url, fetch_path(name), digest and digest[1], gigabytes(entry))
 
 
 def gigabytes(entry: Official) -> float | None:
     """The least size of a file: the trunk's parameters in float32. (A file of VISSL's may also hold
     the optimizer's state.) None where regnet.py, which counts them, is not there."""
-    if entry.arch == "resnet50":
-        return 0.1
+    if entry.arch in RESNETS:
+        return 4e-9 * RESNETS[entry.arch]
     try:
         from regnet import ARCHS, complexity
     except ImportError:

@@ -9,7 +9,6 @@ from PIL import Image
 
 import train
 from data.images import open_images
-from methods.build import TRUNKS
 from multicrop import CropSpec, MultiCrop, parse_crops
 from recipes.command_line import (
     MACHINE,
@@ -68,7 +67,7 @@ def test_every_field_of_the_configuration_is_read_somewhere():
 def all_recipes() -> dict[str, dict]:
     """Name -> what is given for it."""
     return ({"demo": {}} | {name: {"recipe": name} for name in (*RECIPES, *SWAV)}
-            | {arch: {"recipe": "seer", "arch": arch} for arch in TRUNKS if arch != "resnet50"})
+            | {arch: {"recipe": "seer", "arch": arch} for arch in ARCHS})
 
 
 @pytest.mark.parametrize("name, given", all_recipes().items(), ids=all_recipes())

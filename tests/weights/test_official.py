@@ -6,6 +6,7 @@ import torch
 import torchvision
 
 from evaluation.task import load_trunk
+from methods.build import RESNETS
 from regnet import ARCHS, RegNet
 from swav import SwAV
 from weights import official
@@ -92,16 +93,22 @@ def test_torchvisions_addresses_are_torchvisions():
 
 
 def test_each_official_file_has_a_known_arch_licence_and_place():
-    assert len(OFFICIAL) == 10 + 2 + 7 + 28 + 6
+    assert len(OFFICIAL) == 10 + 2 + 7 + 28 + 6 + 8 + 18
     assert {entry.licence for entry in OFFICIAL.values()} == set(LICENCES)
-    assert {entry.arch for entry in OFFICIAL.values()} <= {*ARCHS, "resnet50"}
+    assert {entry.arch for entry in OFFICIAL.values()} <= {*ARCHS, *RESNETS}
     assert len({entry.url for entry in OFFICIAL.values()}) == len(OFFICIAL)
 
 
 def test_an_official_file_is_known_by_its_name():
     for name, entry in OFFICIAL.items():
         assert official_names(Path("anywhere", f"{name}.torch")) == [name]
-        assert name in official_names(Path(entry.url.rpartition("/")[2]))
+        last = entry.url.rpartition("/")[2]
+        told = not last.startswith(("resnet50.", "checkpoint.", "epoch"))   # or of any run
+        assert official_names(Path(last)) == [] if not told else name in official_names(Path(last))
     assert official_names(Path("model_final_checkpoint_phase0.torch")) == [
         "seer_regnety_128gf", "seer_regnety_256gf"]
+    assert {official.fetch_path(name).name for name in (
+        "barlow_twins_resnet50_1000ep", "dino_resnet50", "simclr_resnet50_200ep")} == {
+        "barlow_twins_resnet50_1000ep.torch", "dino_resnet50_pretrain.pth",
+        "simclr_resnet50_200ep.torch"}
     assert official_names(Path("seer_ft_regnety_32gf", "model.torch")) == []
