@@ -107,12 +107,13 @@ def caption(settings: dict, cells: dict[tuple[str, int], dict]) -> str:
     equal = (f"each method trained for about {settings['minutes']:g} minutes" if settings["minutes"]
              else f"each method saw {settings['images']:,} images")
     beside = max((cell.get("jobs", 1) for cell in cells.values()), default=1)
-    about = (f"{Path(settings['data']).name}, {settings['arch']}, {settings['size']} pixels; "
-             f"{equal}, by its own recipe. Top-1 in per cent: mean ± deviation of the sample, over n seeds. Bold: "
-             "the highest mean, and those within one deviation of it, among the methods that learn "
-             "without labels. 1 % and 10 %: of the labels of each class, at least one image; the "
-             f"linear probe is the mean of {DRAWS} draws. Minutes are those of training alone; GB "
-             "is the peak memory of a run's main process.")
+    data = Path(settings["data"]).name
+    about = (f"{data}, {settings['arch']}, {settings['size']} pixels; {equal}, by its own recipe. "
+             "Top-1 in per cent: mean ± deviation of the sample, over n seeds. Bold: the highest "
+             "mean, and those within one deviation of it, among the methods that learn without "
+             "labels. 1 % and 10 %: of the labels of each class, at least one image; the linear "
+             f"probe is the mean of {DRAWS} draws. Minutes are those of training alone; GB is the "
+             "peak memory of a run's main process.")
     if beside > 1:
         about += f" Up to {beside} runs shared the machine, which the minutes show."
     failed = [f"{method}, seed {seed}, failed: {cell['failed']}"

@@ -120,8 +120,8 @@ def fault(log: Path, status: int) -> str:
 
 def spent(run: Path) -> list[tuple[int, float]]:
     """Images, and seconds of training, of each line of a run's log.jsonl."""
-    lines, pairs, seen = read_log(run), [], 0
-    for line in lines:
+    pairs, seen = [], 0
+    for line in read_log(run):
         pairs.append((line["images"] - seen, (line["images"] - seen) / line["images_per_second"]))
         seen = line["images"]
     return pairs
@@ -296,5 +296,4 @@ def run(options: argparse.Namespace, recipe) -> bool:
         draw(out, settings)
     except ImportError as error:
         print(error, file=sys.stderr)
-    cells = read_cells(out)
-    return not any("failed" in cell for cell in cells.values())
+    return not any("failed" in cell for cell in read_cells(out).values())
