@@ -22,7 +22,8 @@ FINETUNED = {"finetuned_1": "fine-tuned, 1 %", "finetuned_10": "fine-tuned, 10 %
 
 
 def keep_settings(out: Path, settings: dict) -> None:
-    """compare.json. Raises ValueError where the folder has a comparison with other ones."""
+    """compare.json. Raises ValueError where the folder has a comparison with other ones, or
+    something else."""
     path = out / "compare.json"
     if path.exists():
         before = json.loads(path.read_text())
@@ -31,6 +32,8 @@ def keep_settings(out: Path, settings: dict) -> None:
         if changed:
             raise ValueError(f"{out} holds another comparison ({'; '.join(changed)}); choose "
                              "another folder")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds files, and no comparison: choose another folder")
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=2) + "\n")

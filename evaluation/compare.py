@@ -60,6 +60,8 @@ from weights.terminal import reason
 TRAIN = Path(__file__).parents[1] / "train.py"
 INTERRUPTED = 75            # exit status of a program that a signal has ended, as train.py's
 SHARES = {"1": 0.01, "10": 0.1}                         # per cent of the labels
+# Ctrl-C reaches the runs from here alone: a second signal would end them before they have saved
+APART = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 TIMED = ("--steps", "15", "--log-every", "5")           # of --minutes: the first 5 do not count
 
 
@@ -95,10 +97,9 @@ def side_by_side(commands: dict[object, tuple[list[str], Path]],
         while waiting or running:
             while waiting and len(running) < jobs:
                 key, (words, log) = waiting.popleft()
-                with open(log, "a") as file:    # a session of its own: Ctrl-C comes from here alone
-                    running[key] = subprocess.Popen(
-                        words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                        start_new_session=True)
+                with open(log, "a") as file:
+                    running[key] = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file,
+                                                    stderr=subprocess.STDOUT, **APART)
             ended = [key for key, process in running.items() if process.poll() is not None]
             for key in ended:
                 yield key, running.pop(key).returncode

@@ -86,6 +86,8 @@ def test_other_settings_are_refused(tmp_path):
     keep_settings(tmp_path / "new", SETTINGS)
     with pytest.raises(ValueError, match=r"another comparison \(images was 6400, not 9\)"):
         keep_settings(tmp_path / "new", SETTINGS | {"images": 9})
+    with pytest.raises(ValueError, match="holds files, and no comparison"):
+        keep_settings(tmp_path, SETTINGS)
 
 
 def options(out, **more):
@@ -171,12 +173,12 @@ def test_a_comparison_from_end_to_end(tmp_path, shades):
     while not (out / "swav-0" / "views.png").exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 75 and "the same command goes on" in errors
     assert "after step" in (out / "swav-0.txt").read_text() and len(read_cells(out)) == 1
 
     process = start("--seeds=0", "--steps=30", "--jobs=2")
-    text, errors = process.communicate(timeout=300)
+    text, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     first = read_cells(out)
     assert len(first) == 3 and "resumed after step" in (out / "swav-0.txt").read_text()
@@ -196,7 +198,7 @@ def test_a_comparison_from_end_to_end(tmp_path, shades):
     assert "fine-tuned, 10 %" in text
 
     process = start("--seeds=0", "--steps=31")
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
     assert errors.splitlines()[-1].endswith("(images was 720, not 744); choose another folder")
     assert os.path.isfile(out / "results.jsonl")
