@@ -1,4 +1,4 @@
-"""evaluation/compare.py and cells.py: the table of hand-made cells, what is skipped and refused; and
+"""evaluation/compare.py and cells.py: the table of hand-made cells, what is skipped and refused;
 one small comparison from end to end."""
 import argparse
 import json
