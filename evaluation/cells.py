@@ -4,6 +4,8 @@
     rows = rows_of(read_cells(out))                 # a row a method
     print(table(rows))                              # Markdown: mean ± deviation
 
+    cost(Path("runs/emoji/swav-0"))                 # minutes, memory, images seen, of a run
+
 Of the lines of a cell the last one counts. One with "failed", a sentence, is of a run that ended
 before it was measured.
 """
@@ -56,6 +58,35 @@ def write_cell(out: Path, cell: dict) -> None:
 
 def is_finished(cell: dict | None, columns: Sequence[str]) -> bool:
     return bool(cell) and "failed" not in cell and {*columns} <= cell.keys()
+
+
+def spent(run: Path) -> list[tuple[int, float]]:
+    """Images, and seconds of training, of each line of a run's log.jsonl."""
+    pairs, seen = [], 0
+    for line in read_log(run):
+        pairs.append((line["images"] - seen, (line["images"] - seen) / line["images_per_second"]))
+        seen = line["images"]
+    return pairs
+
+
+def read_log(run: Path) -> list[dict]:
+    """The lines of log.jsonl; none where there is no such file."""
+    path = run / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cost(run: Path) -> dict:
+    """Minutes of training, without start and end; images seen; peak memory of the main process."""
+    images, seconds = map(sum, zip(*spent(run)))
+    return {"minutes": round(seconds / 60, 3), "images": images,
+            "memory_gb": round(max(line["memory_gb"] for line in read_log(run)), 3)}
+
+
+def images_in(minutes: float, run: Path) -> int:
+    """How many images a method sees in that time, by a short run, whose first line does not count:
+    the first steps take longer."""
+    images, seconds = map(sum, zip(*spent(run)[1:]))
+    return max(1, int(60 * minutes * images / seconds))
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

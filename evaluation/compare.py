@@ -40,9 +40,12 @@ from evaluation.cells import (
     FROZEN,
     UNTRAINED,
     caption,
+    cost,
+    images_in,
     is_finished,
     keep_settings,
     read_cells,
+    read_log,
     rows_of,
     table,
     write_cell,
@@ -62,7 +65,7 @@ INTERRUPTED = 75            # exit status of a program that a signal has ended, 
 SHARES = {"1": 0.01, "10": 0.1}                         # per cent of the labels
 # Ctrl-C reaches the runs from here alone: a second signal would end them before they have saved
 APART = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
-TIMED = ("--steps", "15", "--log-every", "5")           # of --minutes: the first 5 do not count
+TIMED = ("--steps", "15", "--log-every", "5")           # of --minutes; the log has three lines
 
 
 # -------------------------------------------------------------------------------------- the runs
@@ -119,33 +122,6 @@ def fault(log: Path, status: int) -> str:
     return f"exit status {status}: {last.removeprefix('train.py: ').removeprefix('error: ')}"
 
 
-def spent(run: Path) -> list[tuple[int, float]]:
-    """Images, and seconds of training, of each line of a run's log.jsonl."""
-    pairs, seen = [], 0
-    for line in read_log(run):
-        pairs.append((line["images"] - seen, (line["images"] - seen) / line["images_per_second"]))
-        seen = line["images"]
-    return pairs
-
-
-def read_log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def cost(run: Path) -> dict:
-    """Minutes of training, without start and end; images seen; peak memory of the main process."""
-    images, seconds = map(sum, zip(*spent(run)))
-    return {"minutes": round(seconds / 60, 3), "images": images,
-            "memory_gb": round(max(line["memory_gb"] for line in read_log(run)), 3)}
-
-
-def images_in(minutes: float, run: Path) -> int:
-    """How many images a method sees in that time, by a short run, whose first line does not count:
-    the first steps take longer."""
-    images, seconds = map(sum, zip(*spent(run)[1:]))
-    return max(1, int(60 * minutes * images / seconds))
-
-
 def lengths(options: argparse.Namespace, recipe, out: Path,
             methods: Sequence[str]) -> tuple[dict[str, int], dict[str, str]]:
     """Images that each method sees; and why others have none. With --minutes a short run says how
@@ -154,8 +130,7 @@ def lengths(options: argparse.Namespace, recipe, out: Path,
         return dict.fromkeys(methods, recipe.steps * recipe.batch_size), {}
     logs = {method: out / f"timing-{method}.txt" for method in methods}
     commands = {method: (command(options, recipe.arch, log.with_suffix(""), method, 0, *TIMED), log)
-                for method, log in logs.items()
-                if not (log.with_suffix("") / "trunk.pt").exists()}
+                for method, log in logs.items() if len(read_log(log.with_suffix(""))) < 3}
     faults = {}
     with contextlib.closing(side_by_side(commands, options.jobs)) as runs:
         for method, status in runs:
@@ -168,9 +143,9 @@ def lengths(options: argparse.Namespace, recipe, out: Path,
 # --------------------------------------------------------------------------------- what is measured
 def few_labels(features: Tensor, labelled: Labelled, queries: Tensor, truth: Tensor,
                part: float) -> float:
-    """Top-1 of the linear probe (N, C), (M, C) with a part of each class' labels, at least one: the
-    mean of DRAWS draws, which are the same for all networks."""
-    top1 = []
+    """Top-1 of the linear probe (N, C), (M, C) with a part of each class' labels, at least one, and
+    ten in all: the mean of DRAWS draws, which are the same for all networks."""
+    top1, part = [], max(part, 10 / len(features))
     for draw in range(DRAWS):
         chosen = torch.tensor(share_of_classes(labelled.targets, part, draw))
         predicted, _ = linear_probe(features[chosen], labelled.labels[chosen], queries)
@@ -219,13 +194,14 @@ def draw(out: Path, settings: dict) -> None:
     rows = rows_of(read_cells(out))
     equal = (f"{settings['minutes']:g} minutes each" if settings["minutes"]
              else f"{settings['images']:,} images seen by each")
-    comparison(out / "compare.png", f"{Path(settings['data']).name}, {settings['arch']}, {equal}",
-               {FROZEN[name]: {row["method"]: row[name] for row in rows}
-                for name in ("knn", "linear")}, UNTRAINED)
+    if rows:
+        comparison(out / "compare.png", f"{Path(settings['data']).name}, {settings['arch']}, {equal}",
+                   {FROZEN[name]: {row["method"]: row[name] for row in rows}
+                    for name in ("knn", "linear")}, UNTRAINED)
 
 
-def fill(options: argparse.Namespace, recipe, out: Path) -> None:
-    """The cells that are asked for and not there."""
+def fill(options: argparse.Namespace, recipe, out: Path, settings: dict) -> None:
+    """The cells that are asked for and not there. The table is written after each."""
     cells, columns = read_cells(out), [*FROZEN, *(FINETUNED if options.finetune else ())]
     todo = [(method, seed) for seed in options.seeds for method in (UNTRAINED, *options.methods)
             if not is_finished(cells.get((method, seed)), columns)]
@@ -247,6 +223,7 @@ def fill(options: argparse.Namespace, recipe, out: Path) -> None:
         except (ValueError, OSError, RuntimeError) as error:
             cell = {"method": method, "seed": seed, "failed": reason(error)}
         write_cell(out, cell)
+        write_table(out, settings)
         numbers = [f"{name} {cell[name]}" for name in (*columns, "failed") if name in cell]
         print(f"{method}, seed {seed}:", ", ".join(numbers), file=sys.stderr, flush=True)
 
@@ -287,7 +264,7 @@ def run(options: argparse.Namespace, recipe) -> bool:
     if options.jobs > 1:
         torch.set_num_threads(share(options.jobs))
     try:
-        fill(options, recipe, out)
+        fill(options, recipe, out, settings)
     except KeyboardInterrupt:
         print("evaluate.py: interrupted: runs are saved, and the same command goes on",
               file=sys.stderr)

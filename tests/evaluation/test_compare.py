@@ -108,12 +108,13 @@ def test_finished_cells_are_skipped_and_failed_ones_tried_again(out, monkeypatch
     monkeypatch.setattr(compare, "measure", lambda *_: {"knn": 1.0, "linear": 2.0, "linear_1": 3.0,
                                                         "linear_10": 4.0})
     monkeypatch.setattr(compare, "cost", lambda run: TRAINED)
-    compare.fill(options(out, methods=["swav", "simclr"], seeds=[0, 3]), recipe, out)
+    compare.fill(options(out, methods=["swav", "simclr"], seeds=[0, 3]), recipe, out, SETTINGS)
     assert started == [("simclr", 0, "6400"), ("swav", 3, "6400"), ("simclr", 3, "6400")]
     cells = read_cells(out)
     assert cells["simclr", 0]["failed"] == "exit status 2: no room left"
     assert cells["simclr", 3]["linear"] == 2.0 and cells["untrained", 3]["knn"] == 1.0
     assert cells["swav", 0]["linear"] == 70.0                       # as it was
+    assert "simclr, seed 0, failed: exit status 2: no room left" in (out / "table.md").read_text()
 
 
 def test_minutes_and_memory_of_a_log(tmp_path):
