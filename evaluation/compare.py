@@ -17,7 +17,6 @@ Shapes: N training images, M queries, C features.
 """
 import argparse
 import contextlib
-import json
 import os
 import signal
 import statistics
@@ -194,10 +193,11 @@ def draw(out: Path, settings: dict) -> None:
     rows = rows_of(read_cells(out))
     equal = (f"{settings['minutes']:g} minutes each" if settings["minutes"]
              else f"{settings['images']:,} images seen by each")
+    title = f"{Path(settings['data']).name}, {settings['arch']}, {equal}"
+    panels = {FROZEN[name]: {row["method"]: row[name] for row in rows}
+              for name in ("knn", "linear")}
     if rows:
-        comparison(out / "compare.png", f"{Path(settings['data']).name}, {settings['arch']}, {equal}",
-                   {FROZEN[name]: {row["method"]: row[name] for row in rows}
-                    for name in ("knn", "linear")}, UNTRAINED)
+        comparison(out / "compare.png", title, panels, UNTRAINED)
 
 
 def fill(options: argparse.Namespace, recipe, out: Path, settings: dict) -> None:
