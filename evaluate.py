@@ -8,6 +8,7 @@
     python evaluate.py detect runs/mine --data coco/                     # or Pascal VOC's layout
     python evaluate.py features runs/mine --data photos/ --out features.npy
     python evaluate.py clusters runs/mine --data photos/ --out clusters.csv --sheet sheet.png
+    python evaluate.py compare runs/compare --data flowers/ --seeds 0,1,2    # train.py's methods
 
 CHECKPOINT is a run's folder, its checkpoint.pt or trunk.pt, any other file or official name that
 weights.files reads, or `random` for an untrained network. The last line on stdout is one JSON
@@ -20,6 +21,8 @@ finetune: the whole network, on all labels or some.  classify: what that gave, o
 detect: Mask R-CNN on the trunk, trained and measured; a trained one is measured, or with --show
 draws what it finds.
 features: of every image, to a memory-mapped file.  clusters: each image's nearest prototype.
+compare: the methods of train.py, trained with several seeds each and measured. CHECKPOINT is a new
+folder for all that, and a table comes in place of the JSON object (docs/methods.md).
 
 Each protocol is a file of evaluation/.
 """
@@ -34,20 +37,24 @@ import json
 import sys
 from collections.abc import Callable
 
+from data.demo import DemoImages
+from data.images import open_images
 from distributed.hardware import PRECISIONS, pick_device
 from distributed.ranks import PATIENCE, init_process_group, is_main, leave_together
-from evaluation import detect, export, finetune, knn, linear, lowshot
+from evaluation import compare, detect, export, finetune, knn, linear, lowshot
 from evaluation.lowshot import SHOTS
 from evaluation.supervised import RECIPES
 from evaluation.task import EvalTask, open_task
+from methods.build import METHODS
 from multicrop import MAX_SIZE
-from recipes.command_line import hyphens
+from recipes.command_line import configure, hyphens
+from recipes.config import Config, with_length
 from weights.atomic import refuse_existing
 from weights.terminal import Text, number_in, one_sentence, reason
 
 PROTOCOLS = {"knn": knn.run, "linear": linear.run, "lowshot": lowshot.run, "finetune": finetune.run,
              "classify": finetune.run_classify, "features": export.run_features,
-             "clusters": export.run_clusters, "detect": detect.run}
+             "clusters": export.run_clusters, "detect": detect.run}     # and compare
 _TRAINING = "linear finetune detect"
 # options of some protocols; the others refuse them
 PROTOCOLS_OF = {
@@ -55,12 +62,14 @@ PROTOCOLS_OF = {
     "draws": "lowshot", "sgd": "linear", "classes": "classify", "labels": "finetune detect",
     "recipe": "linear finetune classify", "area": "linear finetune", "epochs": _TRAINING,
     "batch_size": _TRAINING, "lr": _TRAINING, "shard": "finetune",
-    "crop_ratio": "knn linear lowshot finetune classify features clusters",
-    "bicubic": "knn linear lowshot finetune classify features clusters",
+    "crop_ratio": "knn linear lowshot finetune classify features clusters compare",
+    "bicubic": "knn linear lowshot finetune classify features clusters compare",
     "out": "linear finetune detect features clusters", "sheet": "knn clusters detect",
     "force": "knn clusters detect", "rows": "knn clusters detect", "columns": "knn clusters",
-    **dict.fromkeys(("train", "val", "annotations", "boxes_only", "steps",
-                     "checkpoint_activations", "show"), "detect")}
+    **dict.fromkeys(("train", "val", "annotations", "boxes_only", "checkpoint_activations", "show"),
+                    "detect"),
+    "steps": "detect compare", "seed": " ".join(PROTOCOLS),
+    **dict.fromkeys(("methods", "seeds", "images", "minutes", "jobs", "finetune"), "compare")}
 
 
 def several(kind: Callable) -> Callable:
@@ -72,9 +81,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "evaluate.py", usage="evaluate.py WHAT CHECKPOINT [--data DIR] [more: see --help]",
         description="Measure what a trunk has learned.", allow_abbrev=False)
-    parser.add_argument("what", choices=list(PROTOCOLS))
+    parser.add_argument("what", choices=[*PROTOCOLS, "compare"])
     parser.add_argument("checkpoint", action=Text, help="run folder, checkpoint.pt, trunk.pt, a "
-                        "file of another library, an official name (python -m weights), or random")
+                        "file of another library, an official name (python -m weights), or random; "
+                        "of compare its own folder")
     parser.add_argument("--data", action=Text, default="", help="folder with train/ and val/, "
                         "class folders or lists train.txt, val.txt, or one of class folders, of "
                         "which a fifth is val; of classify one folder of classes; of detect COCO's "
@@ -94,6 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        "1, a fine-tuned network's own")
     shown.add_argument("--bicubic", action=argparse.BooleanOptionalAction)
     add_options_of_protocols(parser)
+    add_options_of_compare(parser)
     parser.add_argument("--device", action=Text, default="",
                         help="cuda, mps or cpu; none: the best one here")
     parser.add_argument("--workers", type=number_in(int, 0, 256),
@@ -106,6 +117,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                          f"of {options.what}")
     if options.steps and options.epochs:
         parser.error("--steps or --epochs, not both")
+    if sum(map(bool, (options.steps, options.images, options.minutes))) > 1:
+        parser.error("one of --steps, --images and --minutes")
     return options
 
 
@@ -163,6 +176,30 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--columns", type=number_in(int, 1, 100), default=10)
 
 
+def add_options_of_compare(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("compare, with --steps, of SwAV's batch")
+    group.add_argument("--methods", type=several(str), default=list(METHODS),
+                       help=f"some of {','.join(METHODS)}; none: all")
+    group.add_argument("--seeds", type=several(number_in(int, 0, 2 ** 63 - 1)), default=[0, 1, 2])
+    group.add_argument("--images", type=number_in(int, 1, 10 ** 12), default=0,
+                       help="that each run sees; none, nor --steps: as SwAV's recipe says")
+    group.add_argument("--minutes", type=number_in(float, 0.01, 1_000_000), default=0.0,
+                       help="that each run trains, instead of as many images")
+    group.add_argument("--jobs", type=number_in(int, 1, 256), default=1,
+                       help="runs side by side, each with its share of the processors")
+    group.add_argument("--finetune", action="store_true",
+                       help="fine-tune too, with 1 %% and 10 %% of the labels")
+
+
+def recipe_of_swav(options: argparse.Namespace) -> Config:
+    """Of the set of a comparison, whose trunk and length all methods have."""
+    given = {"data": os.path.join(options.data, "train")} if options.data else {"recipe": "demo"}
+    given |= {name: getattr(options, name) for name in ("arch", "steps", "images")
+              if getattr(options, name)}
+    images = open_images(given["data"]) if options.data else DemoImages("train")
+    return with_length(configure(given, 1, images), len(images))
+
+
 def check_files(options: argparse.Namespace) -> None:
     """Raises ValueError where a file of the user's would be replaced."""
     written = {".png": options.sheet,
@@ -196,6 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence("evaluate.py"):
         options = parse(argv)
         check_files(options)
+        if options.what == "compare":
+            if "RANK" in os.environ:
+                raise ValueError("compare starts its runs itself: leave out torchrun")
+            sys.exit(not compare.run(options, recipe_of_swav(options)))
         with leave_together():
             if "RANK" in os.environ:
                 init_process_group(pick_device(options.device, int(os.environ["LOCAL_RANK"])),

@@ -50,12 +50,17 @@ def some_labels(train: Labelled, labels: str) -> Labelled:
     if Path(labels).is_file():
         return train.subset(_listed(train.images, labels))
     share = read_share(labels, "neither a share, as 0.01, nor a list")
+    return train.subset(share_of_classes(train.targets, share))
+
+
+def share_of_classes(targets: Tensor, share: float, draw: int = 0) -> list[int]:
+    """Numbers of the images of a share of each class, at least one, of bool (N, K)."""
     chosen = set()
-    for k in range(len(train.classes)):
-        members = train.targets[:, k].nonzero()[:, 0].tolist()
-        members.sort(key=lambda i: mix(i, 0))
+    for column in targets.t():
+        members = column.nonzero()[:, 0].tolist()
+        members.sort(key=lambda i: mix(i, draw))
         chosen.update(members[:max(1, round(share * len(members)))])
-    return train.subset(sorted(chosen))
+    return sorted(chosen)
 
 
 def _listed(images, path: str) -> list[int]:

@@ -1,0 +1,155 @@
+"""Cells of a comparison, each a method and a seed: kept as lines of a file, and shown as a table.
+
+    write_cell(out, {"method": "swav", "seed": 0, "knn": 60.3, "linear": 62.9, ...})
+    rows = rows_of(read_cells(out))                 # a row a method
+    print(table(rows))                              # Markdown: mean ± deviation
+
+    cost(Path("runs/emoji/swav-0"))                 # minutes, memory, images seen, of a run
+
+Of the lines of a cell the last one counts. One with "failed", a sentence, is of a run that ended
+before it was measured.
+"""
+import contextlib
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from weights.atomic import write_whole
+
+UNTRAINED, YARDSTICK = "untrained", "supervised"        # are in the table, and not ranked
+DRAWS = 5                                               # of a part of the labels
+FROZEN = {"knn": "kNN", "linear": "linear", "linear_1": "linear, 1 %", "linear_10": "linear, 10 %"}
+FINETUNED = {"finetuned_1": "fine-tuned, 1 %", "finetuned_10": "fine-tuned, 10 %"}
+
+
+def keep_settings(out: Path, settings: dict) -> None:
+    """compare.json. Raises ValueError where the folder has a comparison with other ones, or
+    something else."""
+    path = out / "compare.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [f"{name} was {before.get(name)}, not {settings.get(name)}"
+                   for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        if changed:
+            raise ValueError(f"{out} holds another comparison ({'; '.join(changed)}); choose "
+                             "another folder")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds files, and no comparison: choose another folder")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
+
+
+def read_cells(out: Path) -> dict[tuple[str, int], dict]:
+    """(method, seed) -> the last line of it in results.jsonl; a line that was cut off is none."""
+    cells, path = {}, out / "results.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            cell = json.loads(line)
+            cells[cell["method"], cell["seed"]] = cell
+    return cells
+
+
+def write_cell(out: Path, cell: dict) -> None:
+    with open(out / "results.jsonl", "a") as file:
+        file.write(json.dumps(cell) + "\n")
+
+
+def is_finished(cell: dict | None, columns: Sequence[str]) -> bool:
+    return bool(cell) and "failed" not in cell and {*columns} <= cell.keys()
+
+
+def spent(run: Path) -> list[tuple[int, float]]:
+    """Images, and seconds of training, of each line of a run's log.jsonl."""
+    pairs, seen = [], 0
+    for line in read_log(run):
+        pairs.append((line["images"] - seen, (line["images"] - seen) / line["images_per_second"]))
+        seen = line["images"]
+    return pairs
+
+
+def read_log(run: Path) -> list[dict]:
+    """The lines of log.jsonl; none where there is no such file."""
+    path = run / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cost(run: Path) -> dict:
+    """Minutes of training, without start and end; images seen; peak memory of the main process."""
+    images, seconds = map(sum, zip(*spent(run)))
+    return {"minutes": round(seconds / 60, 3), "images": images,
+            "memory_gb": round(max(line["memory_gb"] for line in read_log(run)), 3)}
+
+
+def images_in(minutes: float, run: Path) -> int:
+    """How many images a method sees in that time, by a short run, whose first line does not count:
+    the first steps take longer."""
+    images, seconds = map(sum, zip(*spent(run)[1:]))
+    return max(1, int(60 * minutes * images / seconds))
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Deviation of the sample (n - 1); None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def rows_of(cells: dict[tuple[str, int], dict]) -> list[dict]:
+    """A row a method, the best linear probe first: column -> its values, one a seed."""
+    rows = {}
+    for (method, _), cell in sorted(cells.items()):
+        if is_finished(cell, FROZEN):
+            row = rows.setdefault(method, {"method": method, "n": 0})
+            row["n"] += 1
+            for name, value in cell.items():
+                if name not in ("method", "seed", "jobs"):
+                    row.setdefault(name, []).append(value)
+    return sorted(rows.values(), key=lambda row: -statistics.fmean(row["linear"]))
+
+
+def best_of(rows: list[dict], column: str) -> set[str]:
+    """Methods whose mean is the highest, or within its deviation of it."""
+    means = {row["method"]: mean_and_deviation(row[column]) for row in rows
+             if column in row and row["method"] not in (UNTRAINED, YARDSTICK)}
+    top, deviation = max(means.values(), key=lambda pair: pair[0], default=(0.0, None))
+    return {method for method, (mean, _) in means.items() if mean >= top - (deviation or 0.0)}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    columns = {name: title for name, title in (FROZEN | FINETUNED).items()
+               if any(name in row for row in rows)}
+    best = {name: best_of(rows, name) for name in columns}
+    lines = [["method", *columns.values(), "minutes", "GB", "images seen", "n"]]
+    for row in rows:
+        words = [row["method"]]
+        for name in columns:
+            text = "-"
+            if name in row:
+                mean, deviation = mean_and_deviation(row[name])
+                text = f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+            words.append(f"**{text}**" if row["method"] in best[name] else text)
+        for name, digits in (("minutes", ".1f"), ("memory_gb", ".2f"), ("images", ",.0f")):
+            words.append(f"{statistics.fmean(row[name]):{digits}}" if name in row else "-")
+        lines.append([*words, str(row["n"])])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(words) + " |" for words in lines)
+
+
+def caption(settings: dict, cells: dict[tuple[str, int], dict]) -> str:
+    """Of the table: what was held equal, and what the numbers are; and which cells have failed."""
+    equal = (f"each method trained for about {settings['minutes']:g} minutes" if settings["minutes"]
+             else f"each method saw {settings['images']:,} images")
+    beside = max((cell.get("jobs", 1) for cell in cells.values()), default=1)
+    data = Path(settings["data"]).name
+    about = (f"{data}, {settings['arch']}, {settings['size']} pixels; {equal}, by its own recipe. "
+             "Top-1 in per cent: mean ± deviation of the sample, over n seeds. Bold: the highest "
+             "mean, and those within one deviation of it, among the methods that learn without "
+             "labels. 1 % and 10 %: of the labels of each class, at least one image; the linear "
+             f"probe is the mean of {DRAWS} draws. Minutes are those of training alone; GB is the "
+             "peak memory of a run's main process.")
+    if beside > 1:
+        about += f" Up to {beside} runs shared the machine, which the minutes show."
+    failed = [f"{method}, seed {seed}, failed: {cell['failed']}"
+              for (method, seed), cell in sorted(cells.items()) if "failed" in cell]
+    return "\n\n".join([about, *failed])
