@@ -103,7 +103,13 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
         "warmup": (0.08, "short, as the run is"),
         "weight_decay": (1e-6, "as SwAV"),
     }
-    return rule if method == "swav" else of_method(rule, method, count)
+    if method == "swav":
+        return rule
+    for name in ("strength", "strength_rise", "gray", "blur", "head_bn"):
+        rule[name] = (rule[name][0], f"as for SwAV: {rule[name][1].removeprefix('as SwAV; ')}")
+    rule["lr"] = (rule["lr"][0], f"a peak of {SMALL_PEAK:g} for any batch, with LARC; half and "
+                                 "three times as much were no better, with any method")
+    return of_method(rule, method, count)
 
 
 def of_method(rule: dict, method: str, count: int) -> dict:
