@@ -194,7 +194,7 @@ def add_options_of_compare(parser: argparse.ArgumentParser) -> None:
 def recipe_of_swav(options: argparse.Namespace) -> Config:
     """Of the set of a comparison, whose trunk and length all methods have."""
     given = {"data": os.path.join(options.data, "train")} if options.data else {"recipe": "demo"}
-    given |= {name: getattr(options, name) for name in ("arch", "steps", "images")
+    given |= {name: getattr(options, name) for name in ("arch", "steps", "images", "device")
               if getattr(options, name)}
     images = open_images(given["data"]) if options.data else DemoImages("train")
     return with_length(configure(given, 1, images), len(images))

@@ -70,9 +70,10 @@ def spent(run: Path) -> list[tuple[int, float]]:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The lines of log.jsonl; none where there is no such file."""
+    """The lines of log.jsonl, but for one that was cut off; none where there is no such file."""
     path = run / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def cost(run: Path) -> dict:

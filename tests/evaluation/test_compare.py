@@ -121,7 +121,8 @@ def test_minutes_and_memory_of_a_log(tmp_path):
     """100 images at 10 a second, then 200 at 40: 15 s; without the first line 40 a second."""
     lines = [{"images": 100, "images_per_second": 10.0, "memory_gb": 0.5},
              {"images": 300, "images_per_second": 40.0, "memory_gb": 0.4}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "log.jsonl").write_text(text + '{"images": 4')      # cut off by a crash
     assert compare.cost(tmp_path) == {"minutes": 0.25, "images": 300, "memory_gb": 0.5}
     assert compare.images_in(2.0, tmp_path) == 4800
 
@@ -145,6 +146,7 @@ def test_what_cannot_be_compared_gets_one_sentence(tmp_path, classes, refused):
     assert "unknown method 'foo'" in refused("compare", tmp_path / "x", "--methods=foo", *QUICK)
     assert "--seed is of knn" in refused("compare", tmp_path / "x", "--seed=1")
     assert "one of --steps" in refused("compare", tmp_path / "x", "--images=9", "--minutes=1")
+    assert "--device foo cannot" in refused("compare", tmp_path / "x", "--device=foo")
     (classes / "train").rename(classes / "other")
     assert "no such folder" in refused("compare", tmp_path / "x", f"--data={classes}")
     assert not (tmp_path / "x").exists()
