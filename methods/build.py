@@ -13,9 +13,10 @@ tuple of tensors whose rows are crop-major; A views of an image have targets, B 
     before_step(step), after_step(step): before and after the optimizer's; after_step only where
         the step was not skipped
     statistics(outputs, loss) -> numbers for the log;  state_dict(), load_state_dict()
-    assigned(crops, all_crops) -> outputs (A, B, ...) of the views that have targets, which targets
-        takes too: for a batch in several micro-batches, whose images are joined along the second
-        dimension. all_crops: whether all go through the network, as BatchNorm of the head needs it
+    assigned(crops, all_crops), if joint -> outputs (A, B, ...) of the views that have targets, for
+        a batch in several micro-batches, whose images are joined along the second dimension:
+        targets takes these too. all_crops: whether all go through the network, as BatchNorm of the
+        head needs it
     .trunk, the product; .queue, a swav.Queue or None
 
 The mean of the loss over micro-batches and ranks is the batch's. A momentum encoder, a centre, a
@@ -82,7 +83,7 @@ def build_method(config, device="cpu", world: int = 1, images=None) -> nn.Module
 
     config: anything with the fields of recipes.config.Config.  world: number of processes, which
     share SwAV's queue.  images: the dataset, which deepcluster_v2 and supervised ask for; None:
-    the network alone is wanted, to be counted. Raises ValueError for images without labels.
+    the network alone is wanted, to be counted. Raises ValueError for images without classes.
     """
     torch.manual_seed(config.seed)
     with torch.device(device):
@@ -131,8 +132,8 @@ def build_deepcluster_v2(config, trunk: nn.Module, world: int, images) -> DeepCl
 def build_supervised(config, trunk: nn.Module, world: int, images) -> Supervised:
     labels = torch.zeros(1, dtype=torch.long, device="cpu")
     if images is not None:
-        if images.labels is None:
-            raise ValueError("--method supervised needs images in class folders, "
+        if images.labels is None or len(images.classes) < 2:
+            raise ValueError("--method supervised needs images in class folders, two or more: "
                              "--data FOLDER with FOLDER/CLASS/*.jpg")
         labels = torch.as_tensor(images.labels, dtype=torch.long, device="cpu")
     return Supervised(trunk, labels, 1000 if images is None else len(images.classes),

@@ -134,8 +134,10 @@ def test_what_a_method_cannot_take_is_refused(classes, tmp_path, capsys):
     assert "--plan counts SwAV's step" in said("byol", "--plan")
     assert "--shard is for swav" in said("byol", "--shard")
     write_pictures(tmp_path / "flat", 9)
-    assert "needs images in class folders" in refuse(
-        capsys, *options("supervised", tmp_path / "flat", tmp_path / "no"))
+    write_pictures(tmp_path / "single" / "one", 9)
+    for folder in ("flat", "single"):
+        assert "needs images in class folders, two or more" in refuse(
+            capsys, *options("supervised", tmp_path / folder, tmp_path / "no"))
     assert not (tmp_path / "no").exists()
 
 
