@@ -171,7 +171,8 @@ def swav_of(task: EvalTask) -> SwAV:
     layers = [tensors[f"head.{n}.weight"] for n in numbers]
     widths = [len(layer) for layer in layers if layer.dim() == 2]
     if not widths or "prototypes.weight" not in tensors:
-        raise ValueError(f"{task.source} holds no prototypes: name a run's folder or checkpoint.pt")
+        raise ValueError(f"{task.source} holds no prototypes of SwAV's kind: name the folder or "
+                         "checkpoint.pt of a run of --method swav")
     head_bn = any(layer.dim() == 1 for layer in layers)
     model = SwAV(task.trunk, widths, len(tensors["prototypes.weight"]), head_bn)
     if missing := load_weights(model, task.loaded).untouched:

@@ -67,7 +67,8 @@ class DeepCluster(nn.Module):
                  iterations: int = 10, *, steps_per_epoch: float, seed: int = 0, head_bn=True):
         super().__init__()
         if sum(counts) < 2 or not 1 <= min(prototypes) <= max(prototypes) <= images:
-            raise ValueError(f"not 2 crops: {counts}, or not 1 to {images} clusters: {prototypes}")
+            raise ValueError(f"DeepCluster needs two crops or more, and 1 to {images} clusters of "
+                             f"{images} images, not {sum(counts)} and {max(prototypes)}")
         self.trunk, self.head = trunk, nn.Sequential(nn.Linear(trunk.num_features, head[0]))
         for w_in, w_out in zip(head, head[1:]):
             self.head.extend([nn.BatchNorm1d(w_in)] * head_bn + [nn.ReLU(), nn.Linear(w_in, w_out)])

@@ -415,7 +415,7 @@ def test_head_layers_have_the_published_indices(bn, expected):
 @pytest.mark.parametrize("changes", [{"counts": (1,)}, {"prototypes": (3, N + 1)},
                                      {"prototypes": (0, 3)}])
 def test_what_cannot_be_is_refused(changes):
-    with pytest.raises(ValueError, match="not 2 crops"):
+    with pytest.raises(ValueError, match="needs two crops or more"):
         build(**changes)
 
 
