@@ -18,14 +18,15 @@ from swav import geometry
 CHANCE = "the loss is not below 99 % of that of predictions that know nothing"
 # a number of the log: whether it tells of a collapse, and what is seen; {} is the number
 SIGNS = {
-    "loss_over_ln_k": (lambda x: x > 0.99, "the loss is not below 99 % of ln K: every prototype is "
+    "loss_over_ln_k": (lambda x: x > 0.99, "the loss is not below 99 % of ln K: all K are "
                                            "predicted alike, whatever the image"),
     "loss_over_ln_candidates": (lambda x: x > 0.99, CHANCE),                    # SimCLR
     "loss_over_ln_keys": (lambda x: x > 0.99, CHANCE),                          # MoCo
     "prototypes_used": (lambda x: x < 0.05, "only {:.0%} of the prototypes are the nearest one to "
                                             "any crop"),
     "outputs_used": (lambda x: x < 0.05, "only {:.0%} of the outputs are any crop's largest"),
-    "clusters_used": (lambda x: x < 0.05, "only {:.0%} of the clusters have images"),
+    # 0: none has images before the end of the first epoch
+    "clusters_used": (lambda x: 0 < x < 0.05, "only {:.0%} of the clusters have images"),
     "correlation_diagonal": (lambda x: x < 0.1, "the two views' embeddings correlate by {:.2f}"),
 }
 
@@ -35,14 +36,15 @@ def symptoms(statistics: dict[str, float], dim: int) -> dict[str, str]:
 
     Meant for steps after the warm-up, when the prototypes are free. A sign counts when it has
     lasted: a healthy run may look like this for its first few dozen steps.
-    dim: D.  The limits stand well clear of healthy runs (tests/oracles/demo_curves.json).
+    dim: D; 0: not known.  The limits stand well clear of healthy runs
+    (tests/oracles/demo_curves.json).
     """
     seen = {name: meaning.format(statistics[name]) for name, (tells, meaning) in SIGNS.items()
             if name in statistics and tells(statistics[name])}
     rank = statistics.get("effective_rank", dim)
     if rank < max(1.5, 0.02 * dim):
-        seen["effective_rank"] = (f"the embeddings' effective rank is {rank:.1f} of {dim}: they "
-                                  "lie nearly on a line")
+        seen["effective_rank"] = (f"the embeddings' effective rank is {rank:.1f}"
+                                  + f" of {dim}" * (dim > 0) + ": they lie nearly on a line")
     return seen
 
 

@@ -54,6 +54,8 @@ def test_the_watchdog_names_each_collapse():
                           ({"prototypes_used": 0.03}, "only 3% of the prototypes")):
         meaning, = symptoms(healthy | change, 64).values()
         assert words in meaning
+    assert "rank is 1.2: they" in symptoms(healthy | {"effective_rank": 1.2}, 0)["effective_rank"]
+    assert symptoms({"clusters_used": 0.0}, 64) == {}           # DeepCluster-v2's first epoch
     # an embedding of one point, as swav.py measures it
     point = F.normalize(torch.ones(256, 8), dim=1)
     scores = point @ F.normalize(torch.randn(100, 8), dim=1).t()
