@@ -24,7 +24,7 @@ from distributed.wrap import sync_group
 from evaluation.summary import sheet_name
 from figures.curves import PROBES
 from figures.sheets import views
-from methods.build import METHODS
+from methods.build import METHODS, RESNETS
 from recipes.config import Config
 from regnet import ARCHS
 from swav import ASSIGNED
@@ -212,7 +212,10 @@ def scalars(board, entry: dict):
 def usage(config: Config, out: Path) -> str:
     """How to use the trunk elsewhere: with torchvision alone, where it has this network."""
     params = ARCHS.get(config.arch)
-    if params is None:
+    if config.arch in RESNETS and RESNETS[config.arch] > 1:
+        lines = ["import torch; from methods.build import build_trunk",
+                 f"trunk = build_trunk({config.arch!r})"]
+    elif params is None:
         lines = [f"import torch; from torchvision.models import {config.arch}",
                  f"trunk = {config.arch}(); trunk.fc = torch.nn.Identity()"]
     elif dataclasses.replace(params, rounding="torchvision").stages() == params.stages():

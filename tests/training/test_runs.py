@@ -216,6 +216,11 @@ def test_the_printed_usage_is_of_the_right_network(arch):
             assert theirs == {k: v.shape for k, v in RegNet(ARCHS[arch]).state_dict().items()}
 
 
+def test_the_printed_usage_of_a_wide_resnet_is_not_torchvisions():
+    assert "trunk = build_trunk('resnet50w2')" in monitor.usage(
+        configure({"arch": "resnet50w2"}), Path("run"))
+
+
 @pytest.mark.long
 def test_swavs_own_network_from_end_to_end(photos, tmp_path, capsys):
     out = tmp_path / "run"
