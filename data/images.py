@@ -5,8 +5,8 @@
     python -m data.images pack photos/ shards/ --shard-size 1G          # into tar files (shards.py)
     python -m data.images pack photos/ shards/ --shrink 512             # the large ones shrunk
 
-No labels are read in training: `labels`, the numbers of the top folders, serve to measure
-afterwards.
+`labels` are the numbers of the top folders. They serve to measure afterwards; no method but
+supervised reads them in training.
 """
 import argparse
 import functools

@@ -5,7 +5,8 @@
     table("held-out demo images", rows)               # a line a row
 
 Of a run on the demo images results.json holds, and a table shows, kNN and linear top-1 of raw
-pixels, of the untrained and of the trained trunk: the only place where a run's labels are read.
+pixels, of the untrained and of the trained trunk: but for --method supervised, the only place where
+a run's labels are read.
 
 Shapes: N images, D embedding, K prototypes.
 """
