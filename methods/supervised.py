@@ -13,8 +13,8 @@
     loss = model.loss(outputs, targets)
     loss.backward()
 
-Cross-entropy of a linear layer on the trunk's features; recipe: torchvision's and VISSL's ResNet-50
-in 105 epochs, of one crop an image (ResNet: arXiv 1512.03385; RegNet: 2003.13678).
+Cross-entropy of a linear layer on the trunk's features, usually of one crop an image (ResNet: arXiv
+1512.03385; RegNet: 2003.13678).
 
 A training loop sets images_of: step -> int64 (n*B,), the numbers (0 .. N-1) of the images that this
 rank's n micro-batches show. It calls targets for each micro-batch in order, loss, before_step and
