@@ -124,6 +124,10 @@ def grown(config: Config, old: Config, state: dict, images, grow: bool, steps: i
             f"{config.out} was trained on {state['num_images']:,} images of {before}, and {now} "
             f"now holds {count}: name or restore them (--data), go on with what is there (--grow), "
             f"or start another run from its weights (--init {state['path']} --out ...)")
+    if config.method == "deepcluster_v2":
+        raise ValueError("--grow: deepcluster_v2 remembers each image of its run, and cannot go on "
+                         f"with others: start another run from its weights (--init {state['path']} "
+                         "--out ...)")
     if state["step"] >= steps:
         raise ValueError(f"--grow: {config.out} is finished after {steps} steps: give it a greater "
                          "length too, as --steps")

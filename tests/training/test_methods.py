@@ -15,6 +15,7 @@ from recipes.command_line import configure
 from tests.helpers import equal, log_of, refuse, torchrun, write_pictures
 from training import monitor
 from training.collapse import Watchdog
+from training.resume import grown
 from training.run import parameter_groups
 from weights.atomic import load
 
@@ -93,6 +94,14 @@ def test_precision_checkpointing_and_probe(method, classes, tmp_path, monkeypatc
     expected, found = load(plain / "checkpoint.pt"), load(probed / "checkpoint.pt")
     assert equal(found["model"], expected["model"])
     assert "knn" in log_of(probed)[1]
+
+
+def test_deepcluster_does_not_grow():
+    """Its memory is of the run's images."""
+    config = configure({"method": "deepcluster_v2", "recipe": "demo"})
+    state = {"num_images": 9, "step": 3, "path": "run/checkpoint.pt", "events": []}
+    with pytest.raises(ValueError, match="remembers each image.*--init run/checkpoint.pt"):
+        grown(config, config, state, range(12), True, 10)
 
 
 def test_the_numbers_of_the_images_that_are_shown(classes):
