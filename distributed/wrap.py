@@ -39,7 +39,7 @@ def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
     1. SyncBatchNorm over groups of ranks: replaces BatchNorm modules, so it comes first;
     2. padding of odd widths: replaces the blocks, with the modules that are in them by then;
     3. activation checkpointing: replaces the stages, so that a block is padded again in backward;
-    4. memory layout: of the trunk's weights, for those of a linear layer have but one;
+    4. memory layout: of convolutions' weights, for those of a linear layer have but one;
     5. compiling: of the trunk as it is by then, so that checkpointing is inside the graph;
     6. DDP, or shards over a mesh (fsdp.shard_mesh), which compute in dtype: last, for these take
        the parameters as they find them. Sharded weights are contiguous.
@@ -54,6 +54,7 @@ def wrap(model: nn.Module, device: torch.device, sync_bn_group: int = 0,
     if mesh:                                            # a weight that is cut has one layout
         channels_last = False
     arrange(model.trunk, device, checkpoint_activations, channels_last, pad_widths)
+    model.to(memory_format=layout(device, channels_last))       # a momentum encoder's trunk too
     if mesh:
         blocks = [block for _, stage in stages_of(model.trunk) for block in stage]
         return shard(model, blocks, mesh, dtype, compress_gradients)

@@ -25,7 +25,8 @@ PROBES = ("knn", "retrieved")           # what --probe measures, per cent
 class Curve(NamedTuple):
     name: str
     log: list[dict]                     # entries of the steps that were not skipped
-    columns: list[list[float]]          # their steps, and losses, relative ones where there are
+    columns: list[list[float]]          # their steps, and losses, over that of chance if relative
+    relative: bool
     used: tuple[list, list]             # steps, shares of the prototypes or clusters in use
 
 
@@ -46,7 +47,8 @@ def read_curve(run: Path) -> Curve:
         used = [(entry["step"], entry[name]) for entry in log for name in USED if name in entry]
         what = (f"K = {config['prototypes']:,}" if method == "swav" else
                 method + ", loss itself" * (relative == "loss"))
-        return Curve(f"{run.name}, {what}", log, columns, tuple(zip(*used)) or ((), ()))
+        return Curve(f"{run.name}, {what}", log, columns, method == "swav" or relative != "loss",
+                     tuple(zip(*used)) or ((), ()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run} is not the folder of a run: {error}") from None
 
@@ -77,10 +79,12 @@ def curves(path: Path, runs: Sequence[str | Path]) -> None:
             points = [(entry["step"], entry[probe]) for entry in curve.log if probe in entry]
             if points:
                 below[1].plot(*zip(*points), ".-", color=line.get_color())
-    top.axhline(1, color="gray", linestyle="--", linewidth=1)
-    top.annotate("1: knows nothing, every prototype gets 1/K", (0.99, 1), ha="right", color="gray",
-                 xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points")
-    top.set(title="Training loss", ylabel=LABEL)
+    if any(curve.relative for curve in read):
+        top.axhline(1, color="gray", linestyle="--", linewidth=1)
+        top.annotate("1: knows nothing, every prototype gets 1/K", (0.99, 1), ha="right",
+                     color="gray", xycoords=("axes fraction", "data"), xytext=(0, 3),
+                     textcoords="offset points")
+    top.set(title="Training loss", ylabel=LABEL if read[0].relative else "loss")
     top.legend(frameon=False)
     below[0].set(ylabel="prototypes in use", ylim=(0, 1.05))
     if probed:

@@ -85,7 +85,7 @@ def choose_shards(cost: Cost | None, config: Config, ranks: int, limit: float, d
         return replace(config, shard=False)
     if shard is None:
         given = config.checkpoint_activations
-        shard = ROOM * limit < min(
+        shard = config.method == "swav" and ROOM * limit < min(
             sum(memory(cost, config, 1, checkpointing, ranks, dtype).values())
             for checkpointing in ((False, True) if given is None else (given,)))
     config = replace(config, shard=shard, shard_group=group if shard else config.shard_group)
