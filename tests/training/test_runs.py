@@ -254,7 +254,7 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(photos, tmp_path, capsy
             ([*good, "--crops=2x224+96"], "'96' is not COUNTxSIZE"),
             ([*good, "--crops=2x32+2x8"], "8 pixels are a single one before the last of"),
             ([*good, "--head=8192x256"], "head '8192x256' is not"),
-            ([*good, "--crops=1x32"], "at least two crops"),
+            ([*good, "--crops=1x32"], "needs crops of an image: two, or more"),
             ([*good, "--batch-size=0"], "--batch-size 0: needs 2 to 1,000,000"),
             ([*good, "--batch-size=8", "--micro-batch=3"],
              "--micro-batch 3 does not divide the 8 images of a process; 2 does"),
