@@ -184,10 +184,10 @@ def satellite(work: Path, out: Path) -> None:
     for row in range(image.height // SIDE):
         for column in range(image.width // SIDE):
             y, x = (round(k * SIDE / image.width * zones.shape[1]) for k in (row, column))
-            numbers, counts = numpy.unique(zones[y:y + pixels, x:x + pixels], return_counts=True)
-            shares = {}
-            for number, n in zip(numbers.tolist(), counts / counts.sum()):
-                shares[group[number]] = shares.get(group[number], 0) + n
+            counts = numpy.bincount(zones[y:y + pixels, x:x + pixels].ravel(), minlength=33)
+            shares = dict.fromkeys(group.values(), 0.0)
+            for number, name in group.items():
+                shares[name] += counts[number] / counts.sum()
             name = max(shares, key=shares.get)
             if shares[name] >= SHARE and name != "Oc":
                 tiles.setdefault(name, []).append((row, column))

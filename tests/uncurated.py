@@ -12,11 +12,11 @@ In are the images of the packages, loose or in zip files (.pk3, .wz), with their
 16 pixels on; equal ones once. Their bytes are as they are, but for what is longer than 512 pixels,
 which is shrunk to that, and formats that are not in data/images.py, which become PNG. An image of
 1,024 x 1,024 pixels or more gives nine views besides, a grid of 3 x 3, each shrunk to 256. Glyphs
-are drawn from fonts. Of a package at most 4,000 files are read, at even steps.
+are drawn from fonts. Of a package at most 6,000 files are read, at even steps.
 
 Out is each file that an evaluation set holds, by its path and by its bytes; what looks like an
-image of one (of 8 x 8 pixels, fewer than 4 grey values apart); and the packages of their
-photographs, icons and emoji, and of GNOME's icons, which MATE's come from, as wholes.
+image of one (of 8 x 8 pixels, fewer than 4 grey values apart); and, as wholes, the
+packages of their icons and emoji, and of GNOME's icons, which MATE's come from.
 """
 import functools
 import hashlib
@@ -42,12 +42,12 @@ Image.MAX_IMAGE_PIXELS = None
 
 PACKAGES = {
     "drawings": ("openclipart-png",),
-    "icons": ("moka-icon-theme", "obsidian-icon-theme", "deepin-icon-theme", "kodi-data"),
-    "games": ("wesnoth-1.16-data", "crawl-tiles-data", "freeorion-data", "warzone2100-data",
-              "endless-sky-data", "supertux-data", "lincity-ng-data", "flare-game"),
-    "textures": ("ufoai-textures", "openarena-081-textures", "colobot-common-textures"),
-    "education": ("marble-data", "kgeography-data", "tuxpaint-data", "scratch"),
-    "sky": ("kstars-data", "stellarium-data"),
+    "icons": ("moka-icon-theme", "obsidian-icon-theme"),
+    "sprites": ("wesnoth-1.16-data", "freeorion-data", "lincity-ng-data"),
+    "textures": ("ufoai-textures", "warzone2100-data", "openarena-081-textures",
+                 "colobot-common-textures"),
+    "education": ("marble-data", "kgeography-data", "kstars-data", "tuxpaint-data", "scratch"),
+    "wallpapers": ("mate-backgrounds",),
     "glyphs": ("fonts-freefont-ttf",),
 }
 OTHERS = (".tga", ".pcx", ".xpm", ".ico", ".dds")        # read, and written as PNG
@@ -56,7 +56,7 @@ FONTS = (".ttf", ".otf")
 KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
 APART = re.compile(r"basemap|bluemarble|/earth[^/]*$")  # Blue Marble: the set `satellite`
 LEAST, LONG, VIEW, LARGE, GRID = 16, 512, 256, 1024, 3  # pixels; views a side
-FILES, GLYPHS, GLYPH = 4000, 120, 64                    # a package, a font; pixels
+FILES, GLYPHS, GLYPH = 6000, 120, 64                    # a package, a font; pixels
 MAX_PIXELS, MAX_BYTES = 60e6, 50e6
 ALIKE = 4                                               # of 255, root mean square
 
@@ -115,7 +115,7 @@ def encode(image: Image.Image) -> tuple[bytes, str]:
     if opaque:
         image.convert("RGB").save(file, "JPEG", quality=90)
     else:
-        image.save(file, "PNG")
+        image.save(file, "PNG", compress_level=1)
     return file.getvalue(), ".jpg" if opaque else ".png"
 
 
