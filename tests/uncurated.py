@@ -168,7 +168,11 @@ def pictures(data: bytes) -> list[tuple[bytes, str, str, numpy.ndarray]]:
 
 def glyphs(path: Path) -> list[tuple[bytes, str, str, numpy.ndarray]]:
     """As `pictures`, of a font: its characters of the Basic Multilingual Plane, at even steps."""
-    font = ImageFont.truetype(str(path), GLYPH * 3 // 4)
+    try:
+        font = ImageFont.truetype(str(path), GLYPH * 3 // 4,
+                                  layout_engine=ImageFont.Layout.BASIC)
+    except OSError:
+        return []
     absent, drawn = bytes(font.getmask("\uFFFF")), []
     for code in (*range(0x21, 0x250), *range(0x370, 0x2000), *range(0x2190, 0x2800)):
         mask = font.getmask(chr(code))
