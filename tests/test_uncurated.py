@@ -1,0 +1,110 @@
+"""The uncurated set, on hand-made packages: what is in, what is out, and the same bytes again."""
+import io
+import zipfile
+
+import numpy
+import pytest
+from PIL import Image
+
+from tests import uncurated
+
+
+def noise(width, height, seed, mode="RGB"):
+    """Coarse: shrinking it leaves its signature."""
+    values = numpy.random.default_rng(seed).integers(0, 256, (8, 8, len(mode)), dtype=numpy.uint8)
+    return Image.fromarray(values, mode).resize((width, height), Image.Resampling.NEAREST)
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """One evaluation set, of three files: of one the path is also in the pretraining package, of
+    one the bytes are, and of one the image at another size is."""
+    root = tmp_path / "sets"
+    for name, seed in (("ours/by_path.png", 8), ("theirs/by_bytes.png", 9)):
+        path = root / "packages" / name
+        path.parent.mkdir(parents=True)
+        noise(64, 64, seed).save(path)
+    image = root / "things" / "val" / "cat" / "0.png"
+    image.parent.mkdir(parents=True)
+    noise(64, 64, 0).save(image)
+    (root / "things" / "sources.txt").write_text("ours/by_path.png\ntheirs/by_bytes.png\n")
+    return root
+
+
+@pytest.fixture
+def package(tmp_path, sets):
+    folder = tmp_path / "packages" / "ours"
+    folder.mkdir(parents=True)
+    noise(32, 20, 2).save(folder / "a.png")
+    noise(32, 20, 2).save(folder / "b_same_pixels.bmp")
+    noise(32, 20, 3, "RGBA").save(folder / "c_transparent.png")
+    noise(15, 90, 4).save(folder / "d_small.png")
+    noise(1100, 1200, 5).save(folder / "e_large.jpg")
+    noise(900, 600, 6).save(folder / "f_long.png")
+    (folder / "g_damaged.png").write_bytes(b"\x89PNG")
+    (folder / "h_link.png").symlink_to(folder / "f_long.png")
+    noise(40, 40, 1).save(folder / "by_path.png")
+    (folder / "i_held.png").write_bytes(
+        (sets / "packages" / "theirs" / "by_bytes.png").read_bytes())
+    noise(32, 32, 0).save(folder / "j_held_smaller.png")
+    file = io.BytesIO()
+    noise(24, 24, 7).save(file, "TGA")
+    with zipfile.ZipFile(folder / "k.pk3", "w") as archive:
+        archive.writestr("textures/wall.tga", file.getvalue())
+        archive.writestr("sound.ogg", b"no picture")
+    return folder
+
+
+def gathered(package, out, sets):
+    return uncurated.gather(package, out, set(), uncurated.held(sets), 2)
+
+
+def test_what_is_in_and_what_is_out(package, sets, tmp_path):
+    kept = gathered(package, tmp_path / "out", sets)
+    views = [path for _, path in kept].count("e_large.jpg")
+    assert [path for _, path in kept if path != "e_large.jpg"] == [
+        "a.png", "c_transparent.png", "f_long.png", "k.pk3/textures/wall.tga"]
+    assert views == 10                                  # itself, and 3 x 3 views
+    written = {path: tmp_path / "out" / "ours" / name for name, path in kept}
+    assert len(list((tmp_path / "out" / "ours").iterdir())) == len(kept) == 14
+    for path in ("a.png", "c_transparent.png"):         # as they are
+        assert written[path].read_bytes() == (package / path).read_bytes()
+    assert Image.open(written["f_long.png"]).size == (512, 341)
+    assert Image.open(written["k.pk3/textures/wall.tga"]).format == "PNG"
+
+
+def test_views_are_the_grid(package):
+    large = Image.open(package / "e_large.jpg")
+    _, first, *_, last = [Image.open(io.BytesIO(data)) for data, *_ in uncurated.pictures(
+        (package / "e_large.jpg").read_bytes())]
+    assert (first.size, last.size) == ((234, 256), (235, 256))      # 366 and 367 x 400, shrunk
+    for view, box in ((first, (0, 0, 366, 400)), (last, (733, 800, 1100, 1200))):
+        expected = numpy.asarray(large.crop(box).resize((30, 30)), float)
+        assert abs(numpy.asarray(view.resize((30, 30)), float) - expected).mean() < 8
+
+
+def test_the_same_bytes_again(package, sets, tmp_path):
+    written = []
+    for run in ("one", "two"):
+        gathered(package, tmp_path / run, sets)
+        paths = uncurated.pack(uncurated.open_images(tmp_path / run), tmp_path / f"{run}.shards")
+        written.append([path.read_bytes() for path in paths])
+    assert written[0] == written[1]
+
+
+def test_alike_is_by_root_mean_square():
+    others = numpy.zeros((1, 192), numpy.float32)
+    rows = numpy.stack([numpy.full(192, 3.9, numpy.float32), numpy.full(192, 4.1, numpy.float32)])
+    assert uncurated.alike(rows, others).tolist() == [True, False]
+
+
+def test_licences_are_the_lines_of_the_copyright_file(tmp_path):
+    doc = tmp_path / "usr" / "share" / "doc" / "ours"
+    doc.mkdir(parents=True)
+    (doc / "copyright").write_text("Files: *\nLicense: CC-BY-SA-3.0\n text\nLicense:  GPL-2+ \n")
+    assert uncurated.licences(tmp_path)[1] == ["CC-BY-SA-3.0", "GPL-2+"]
+
+
+def test_without_evaluation_sets_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no sets in"):
+        uncurated.held(tmp_path)
