@@ -107,8 +107,8 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
         return rule
     for name in ("strength", "strength_rise", "gray", "blur", "head_bn"):
         rule[name] = (rule[name][0], f"as for SwAV: {rule[name][1].removeprefix('as SwAV; ')}")
-    rule["lr"] = (rule["lr"][0], f"a peak of {SMALL_PEAK:g} for any batch, with LARC; half and "
-                                 "three times as much were no better, with any method")
+    rule["lr"] = (rule["lr"][0], f"a peak of {SMALL_PEAK:g} for any batch, with LARC; half or "
+                                 "three times as much was no better for most (docs/methods.md)")
     return of_method(rule, method, count)
 
 
