@@ -31,12 +31,12 @@ def load_weights(model: nn.Module, source, trust: bool = False, quiet: bool = Fa
 
     source, trust, quiet: as in `files.read`; or source is what that returned. The trunk is loaded
     always, any other part where both the file and the model have it; but a head of other layers is
-    left out, and what rests on it, a queue of another length, a classifier of another number of
-    classes, and the memory of another run's images. A momentum encoder that the file does not have
-    is a copy of what it has. Values are copied into the model's tensors. A model on the meta device
-    gets the file's own tensors instead: a mapped file is then all the memory it takes, and two such
-    models share it. num_batches_tracked may be missing. Raises ValueError, and leaves the model as
-    it was, where anything else does not fit.
+    left out, and what rests on it, a queue of another length, and the memory of another run's
+    images. A momentum encoder that the file does not have is a copy of what it has. Values are
+    copied into the model's tensors. A model on the meta device gets the file's own tensors instead:
+    a mapped file is then all the memory it takes, and two such models share it. num_batches_tracked
+    may be missing. Raises ValueError, and leaves the model as it was, where anything else does not
+    fit.
     """
     state = model.state_dict(keep_vars=True)
     keys = {name: key for key, name in own_names(state).items()}                    # by name here
@@ -74,8 +74,8 @@ def _left_out(old: dict[str, Tensor], new: dict[str, Tensor]) -> set[str]:
     """Parts that a file (new) may have for a network, or for images, that are not the model's."""
     heads = [{name for name in tensors if part_of(name) == "head"
               and not name.endswith("num_batches_tracked")} for tensors in (old, new)]
-    left = {"memory"} | {part_of(name) for name in ("queue", "center", "fc.weight") if name in old
-                         and name in new and old[name].shape != new[name].shape}
+    left = {"memory"} | {part for part in ("queue", "center") if part in old and part in new
+                         and old[part].shape != new[part].shape}
     rest = {"head", "momentum head", "prototypes", "predictor", "queue", "center"}
     return left if heads[0] == heads[1] else left | rest
 
