@@ -117,7 +117,8 @@ class Loader:
             prefetch_factor=self.ahead if workers else None,
             timeout=STUCK if workers else 0, pin_memory=device.type == "cuda")
         self.faults, self.waited, self.batches, self.next = [], 0.0, None, None
-        self.shown = []             # of the step's micro-batches: their positions and their faults
+        # of the step's micro-batches: positions and faults, or once asked for the images' numbers
+        self.shown, self.numbers = [], []
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> "Loader":
@@ -134,7 +135,7 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[int, MicroBatches]]:
         positions = iter(self.positions)
         for step in self.positions.steps:
-            self.shown = []
+            self.shown, self.numbers = [], []
             micro_batches = MicroBatches(self.per_step, lambda: self.take(next(positions)),
                                          self.look_ahead)
             yield step, micro_batches
@@ -158,11 +159,11 @@ class Loader:
     def images_of(self, step: int) -> Tensor:
         """int64, on the host: the numbers of the images that the micro-batches of this step show,
         of those that were fetched so far."""
-        numbers = []
-        for positions, faults in self.shown:
+        while self.shown:
+            positions, faults = self.shown.pop(0)
             failed = Counter(fault.position for fault in faults)
-            numbers += [self.stream.index(position, failed[position]) for position in positions]
-        return torch.tensor(numbers, dtype=torch.long)
+            self.numbers += [self.stream.index(at, failed[at]) for at in positions]
+        return torch.tensor(self.numbers, dtype=torch.long)
 
     def take(self, positions: range) -> Sequence[Tensor]:
         """The next micro-batch, of these positions, for the stream on which the device computes."""

@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from figures.curves import read_log
 from weights.atomic import write_whole
 
 UNTRAINED, YARDSTICK = "untrained", "supervised"        # are in the table, and not ranked
@@ -67,13 +68,6 @@ def spent(run: Path) -> list[tuple[int, float]]:
         pairs.append((line["images"] - seen, (line["images"] - seen) / line["images_per_second"]))
         seen = line["images"]
     return pairs
-
-
-def read_log(run: Path) -> list[dict]:
-    """The lines of log.jsonl, but for one that was cut off; none where there is no such file."""
-    path = run / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def cost(run: Path) -> dict:

@@ -44,7 +44,6 @@ from evaluation.cells import (
     is_finished,
     keep_settings,
     read_cells,
-    read_log,
     rows_of,
     table,
     write_cell,
@@ -55,6 +54,7 @@ from evaluation.linear import linear_probe
 from evaluation.metrics import per_cent
 from evaluation.task import EvalTask, choose_preprocessing, open_task
 from figures.comparison import comparison
+from figures.curves import read_log
 from methods.build import METHODS
 from weights.atomic import write_whole
 from weights.terminal import reason
@@ -129,7 +129,7 @@ def lengths(options: argparse.Namespace, recipe, out: Path,
         return dict.fromkeys(methods, recipe.steps * recipe.batch_size), {}
     logs = {method: out / f"timing-{method}.txt" for method in methods}
     commands = {method: (command(options, recipe.arch, log.with_suffix(""), method, 0, *TIMED), log)
-                for method, log in logs.items() if len(read_log(log.with_suffix(""))) < 3}
+                for method, log in logs.items() if not was_timed(log.with_suffix(""))}
     faults = {}
     with contextlib.closing(side_by_side(commands, options.jobs)) as runs:
         for method, status in runs:
@@ -137,6 +137,10 @@ def lengths(options: argparse.Namespace, recipe, out: Path,
                 faults[method] = fault(logs[method], status)
     return {method: images_in(options.minutes, log.with_suffix(""))
             for method, log in logs.items() if method not in faults}, faults
+
+
+def was_timed(run: Path) -> bool:
+    return (run / "log.jsonl").exists() and len(read_log(run)) >= 3
 
 
 # --------------------------------------------------------------------------------- what is measured

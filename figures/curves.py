@@ -30,14 +30,18 @@ class Curve(NamedTuple):
     used: tuple[list, list]             # steps, shares of the prototypes or clusters in use
 
 
+def read_log(run: Path) -> list[dict]:
+    """The lines of log.jsonl, but for one that was cut off. Raises OSError, ValueError."""
+    written = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in written if line.endswith("\n")]
+
+
 def read_curve(run: Path) -> Curve:
     """Raises ValueError for a folder that is not a run's."""
     try:
         config = json.loads((run / "config.json").read_text())["config"]
         method = config.get("method", "swav")
-        written = (run / "log.jsonl").read_text().splitlines(keepends=True)
-        log = [json.loads(line) for line in written if line.endswith("\n")]     # not one cut off
-        log = [entry for entry in log if "loss" in entry]
+        log = [entry for entry in read_log(run) if "loss" in entry]
         relative = next((name for name in RELATIVE if log and name in log[0]), "loss")
         loss = [entry[relative] for entry in log]
         if method == "swav":
