@@ -30,6 +30,29 @@ def test_five_steps(case):
         assert all(torch.equal(p.grad, grad) for p, grad in zip(params, grads))
 
 
+def test_without_a_trust_coefficient_it_is_torchs_sgd():
+    """Of a group, beside one that is adapted; also for a tensor of zeros, which SGD decays."""
+    torch.manual_seed(0)
+    plain = [torch.nn.Parameter(torch.randn(4, dtype=torch.float64)),
+             torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))]
+    adapted = torch.nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+    theirs = copy.deepcopy(plain)
+    sgd = torch.optim.SGD(theirs, lr=0.3, momentum=0.9, weight_decay=0.01)
+    ours = LARC([{"params": [adapted]}, {"params": plain, "trust_coefficient": 0.0}], lr=0.3,
+                momentum=0.9, weight_decay=0.01)
+    for _ in range(4):
+        adapted.grad = torch.randn_like(adapted)
+        for p, other in zip(plain, theirs):
+            p.grad = torch.randn_like(p)
+            other.grad = p.grad.clone()
+        before = adapted.detach().clone()
+        ours.step()
+        sgd.step()
+        for p, other in zip(plain, theirs):
+            torch.testing.assert_close(p, other, rtol=1e-12, atol=1e-12)
+        assert 0 < (adapted - before).norm() < 0.02 * before.norm()
+
+
 def test_a_parameter_without_gradient_stays_and_keeps_no_state():
     moving, still = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
     optimizer = LARC([moving, still], lr=1.0, weight_decay=0.1)

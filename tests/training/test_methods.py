@@ -9,6 +9,7 @@ import train
 from data.images import open_images
 from data.loader import Augment, Loader
 from data.stream import Positions, Stream
+from larc import LARC
 from methods.build import build_method
 from multicrop import MultiCrop, Photometric, parse_crops
 from recipes.command_line import configure
@@ -16,7 +17,9 @@ from tests.helpers import equal, log_of, refuse, torchrun, write_pictures
 from training import monitor
 from training.collapse import Watchdog
 from training.resume import grown
-from training.run import parameter_groups
+from training.rollback import Rollback
+from training.run import Run, parameter_groups
+from training.signals import Signals
 from weights.atomic import load
 
 SMALL = ["--recipe=demo", "--batch-size=8", "--workers=0", "--log-every=1", "--precision=fp32",
@@ -131,6 +134,20 @@ def test_biases_and_batchnorm_may_be_left_out_of_larc():
     dims = [{p.dim() for p in group["params"]} for group in (adapted, plain)]
     assert dims == [{2, 4}, {1}]
     assert plain["weight_decay"] == plain["trust_coefficient"] == 0
+
+
+def test_gradient_norms_are_in_the_order_of_the_groups():
+    """As the optimizer takes them, not as the method has its parameters."""
+    config = configure({"method": "byol", "exclude_bias_bn": True, "recipe": "demo"})
+    method = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    for i, p in enumerate(method.parameters(), 1):          # weight, bias, weight, bias
+        p.grad = torch.zeros_like(p)
+        p.grad.view(-1)[0] = i
+    run = Run(method, method, torch.device("cpu"), torch.float32,
+              torch.amp.GradScaler("cpu", enabled=False),
+              LARC(parameter_groups(config, method), 0.1), config)
+    verdict = Rollback(run, Signals()).vote(0, torch.zeros(()), (torch.zeros(1),))
+    assert verdict.finite and verdict.gradient_norms.tolist() == [1, 3, 2, 4]
 
 
 def test_what_a_method_cannot_take_is_refused(classes, tmp_path, capsys):
