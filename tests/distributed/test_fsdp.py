@@ -125,7 +125,7 @@ def started(rank, options):
     """The state of a fresh sharded network, and of the same without shards."""
     config = configure({"recipe": "demo", "crops": "2x48+3x32", "head": "24-17-16",
                         "prototypes": 11, "head_bn": True, "queue": 8, "shard": True} | options, 2)
-    model, _ = build_network(config, CPU, torch.float32, 2)
+    model, _ = build_network(config, CPU, torch.float32, 2, images=None)
     assert not any(x.is_meta for x in (*model.state_dict().values(), model.queue.embeddings))
     assert any(isinstance(x, DTensor) for x in model.trunk.state_dict().values())
     expected = build_method(config, "cpu", 2)
