@@ -16,7 +16,7 @@ RECIPES = {
     "demo": dict(arch="regnety_100mf", steps=500, batch_size=128,
                  crops="2x64@0.25-1+4x32@0.08-0.25", strength=0.2, gray=0.0, blur=0.0,
                  head="256-64", head_bn=True, prototypes=64, epsilon=0.03, sinkhorn_iterations=3,
-                 freeze_prototypes=0, lr=4.8, warmup=0.08, weight_decay=1e-6),
+                 freeze_prototypes=0, lr=9.6, warmup=0.08, weight_decay=1e-6),
 }
 # SwAV's own: (value, source). Script: facebookresearch/swav's for 800 epochs, and for a batch of
 # 256.

@@ -262,9 +262,9 @@ def test_explain_prints_the_rule_and_what_was_given_instead(photos, capsys):
     assert "recipe small for 30 images" in printed and "--crops 2x64" in printed
     line, = [line for line in printed.splitlines() if "--strength 0.7" in line]
     assert "given; the recipe has 0.2" in line
-    for given, said in (["--batch-size=48"], "--lr 12.8 "), (
-            ["--batch-size=48", "--lr=1"], "given; the recipe has 12.8"):
-        train.main([f"--data={photos}", "--explain", *given])       # 2.4 * 256 / 48
+    for given, said in (["--batch-size=48"], "--lr 25.6 "), (
+            ["--batch-size=48", "--lr=1"], "given; the recipe has 25.6"):
+        train.main([f"--data={photos}", "--explain", *given])       # 4.8 * 256 / 48
         assert said in capsys.readouterr().out
     train.main(["--explain", "--temperature=0.2", "--steps=7"])     # recipes of the table too
     printed = capsys.readouterr().out
@@ -272,7 +272,7 @@ def test_explain_prints_the_rule_and_what_was_given_instead(photos, capsys):
 
 
 def test_explain_calls_changed_what_is_changed(capsys):
-    train.main(["--explain", "--crops=2x64@0.25-1+4x32@0.08-0.25", "--head=256-32", "--lr=4.8"])
+    train.main(["--explain", "--crops=2x64@0.25-1+4x32@0.08-0.25", "--head=256-32", "--lr=9.6"])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
     assert lines["--crops"].endswith(" given") and lines["--lr"].endswith(" given")
     assert lines["--head"].endswith("--head 256-32".ljust(44) + "given; the recipe has 256-64")

@@ -60,7 +60,7 @@ def test_every_size_of_set_gets_a_recipe_with_reasons(count, given, world):
     assert config.steps >= 400 and config.steps * config.batch_size >= 24.9 * count
     assert "prototypes" in given or config.prototypes <= max(count / 4, 2)
     assert config.batch_size + config.queue >= config.prototypes / 2
-    assert config.peak_lr() == pytest.approx(2.4)
+    assert config.peak_lr() == pytest.approx(4.8)
     assert config.mean == (0.5, 0.4, 0.3) and config.std == (0.2, 0.2, 0.2)
     assert Config(**config.as_dict()) == config
 
@@ -86,7 +86,7 @@ def test_remedies_name_what_differs_from_what_helped():
         "--strength 0.2 (now 1)", "--epsilon 0.03 (now 0.05)", "--prototypes 128 (now 16000)",
         "--gray 0 (now 0.2)", "--blur 0 (now 0.5)", "--freeze-prototypes 0 (now 313)"]
     assert "--head-bn" in remedies(configure({"arch": "regnety_256gf"})).split(", ")
-    assert remedies(configure({"lr": 1.2})).split(", ") == ["--lr 4.8 (now 1.2)"]
+    assert remedies(configure({"lr": 1.2})).split(", ") == ["--lr 9.6 (now 1.2)"]
 
 
 def test_a_run_at_the_values_that_helped_is_told_what_is_left():

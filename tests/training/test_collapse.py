@@ -83,4 +83,4 @@ def test_a_run_like_recipe_small_is_told_what_is_left():
     assert "nothing that is known" in remedies(configure({}))
     seer = remedies(configure({"arch": "regnety_256gf"}))
     assert seer.startswith("--strength 0.2 (now 1), --epsilon 0.03") and "--head-bn" in seer
-    assert "--lr" not in seer           # a peak of 9.6 is above the demo's 2.4
+    assert "--lr" not in seer           # a peak of 9.6 is above the demo's 4.8

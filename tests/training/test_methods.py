@@ -32,6 +32,8 @@ OWN = {"simclr": ["--crops=2x32", "--head=32-16"],
        "deepcluster_v2": ["--crops=2x32+2x17", "--head=32-16", "--prototypes=3"],
        "supervised": ["--crops=1x32", "--trust-coefficient=0", "--lr=0.1"]}
 EACH = [pytest.param(name, marks=[pytest.mark.long] * (name != "byol")) for name in OWN]
+FEW = [pytest.param(name, marks=pytest.mark.long if name in ("mocov2", "deepcluster_v2")
+                    else pytest.mark.measured) for name in OWN]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +88,7 @@ def test_two_ranks_go_on_with_a_run_of_one(method, classes, tmp_path):
             assert (x - other[name]).norm() <= 0.02 * x.norm() + 1e-4, name
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize("method", FEW)
 def test_precision_checkpointing_and_probe(method, classes, tmp_path, monkeypatch):
     """Activation checkpointing changes no digit of a run, with or without a probe."""
     plain, probed = tmp_path / "plain", tmp_path / "probed"
