@@ -4,7 +4,8 @@
 
 Each run's loss is divided by ln K of its own K, the number of its prototypes: so runs with other
 numbers compare, and 1 is the loss of predictions that know nothing. So is it with other methods,
-where they have such a loss; that of BYOL and Barlow Twins is drawn as it is.
+where they have such a loss; that of BYOL and Barlow Twins is drawn as it is, beside others on an
+axis of its own.
 
 It reads config.json and log.jsonl of a run's folder; an entry is what a line of log.jsonl holds.
 """
@@ -76,20 +77,25 @@ def curves(path: Path, runs: Sequence[str | Path]) -> None:
     probed = any(probe in entry for curve in read for entry in curve.log for probe in PROBES)
     figure = Figure(figsize=(7, 6 + 1.5 * probed), layout="constrained")
     top, *below = figure.subplots(2 + probed, 1, sharex=True, height_ratios=(3, 1, 1)[:2 + probed])
-    for curve in read:
-        line, = top.plot(*curve.columns, label=curve.name)
-        below[0].plot(*curve.used, color=line.get_color())
+    relative = any(curve.relative for curve in read)
+    own = top if all(curve.relative for curve in read) or not relative else top.twinx()
+    lines = []
+    for i, curve in enumerate(read):
+        color, axis = f"C{i % 10}", top if curve.relative else own
+        lines += axis.plot(*curve.columns, label=curve.name, color=color)
+        below[0].plot(*curve.used, color=color)
         for probe in PROBES:
             points = [(entry["step"], entry[probe]) for entry in curve.log if probe in entry]
             if points:
-                below[1].plot(*zip(*points), ".-", color=line.get_color())
-    if any(curve.relative for curve in read):
+                below[1].plot(*zip(*points), ".-", color=color)
+    if relative:
         top.axhline(1, color="gray", linestyle="--", linewidth=1)
         top.annotate("1: knows nothing, every prototype gets 1/K", (0.99, 1), ha="right",
                      color="gray", xycoords=("axes fraction", "data"), xytext=(0, 3),
                      textcoords="offset points")
-    top.set(title="Training loss", ylabel=LABEL if read[0].relative else "loss")
-    top.legend(frameon=False)
+    own.set_ylabel("loss itself")
+    top.set(title="Training loss", ylabel=LABEL if relative else "loss")
+    top.legend(handles=lines, frameon=False)
     below[0].set(ylabel="prototypes in use", ylim=(0, 1.05))
     if probed:
         below[1].set(ylabel="probe, per cent")

@@ -41,6 +41,19 @@ def test_axis_line_and_names_say_what_is_drawn(tmp_path, monkeypatch):
     assert (first, second) == (4.09 / math.log(64), 4.09 / math.log(3000))
 
 
+def test_a_loss_without_a_scale_has_an_axis_of_its_own(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b")]
+    (runs[1] / "config.json").write_text(json.dumps({"config": {"method": "byol"}}))
+    curves("loss.png", runs)
+    top, *_, own = drawn[0].axes
+    assert top.get_ylabel().startswith("loss / ln K") and own.get_ylabel() == "loss itself"
+    assert [axis.get_lines()[0].get_ydata()[0] for axis in (top, own)] == [4.09 / math.log(64), 4.09]
+    assert len(top.get_legend().get_texts()) == 2
+
+
 def test_each_loss_is_divided_by_its_own_ln_k(tmp_path):
     for count in (30, 64, 3000):
         curve = read_curve(run_folder(tmp_path / f"{count}", count, loss=math.log(count)))
