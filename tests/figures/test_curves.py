@@ -50,7 +50,8 @@ def test_a_loss_without_a_scale_has_an_axis_of_its_own(tmp_path, monkeypatch):
     curves("loss.png", runs)
     top, *_, own = drawn[0].axes
     assert top.get_ylabel().startswith("loss / ln K") and own.get_ylabel() == "loss itself"
-    assert [axis.get_lines()[0].get_ydata()[0] for axis in (top, own)] == [4.09 / math.log(64), 4.09]
+    first, second = (axis.get_lines()[0].get_ydata()[0] for axis in (top, own))
+    assert (first, second) == (4.09 / math.log(64), 4.09)
     assert len(top.get_legend().get_texts()) == 2
 
 

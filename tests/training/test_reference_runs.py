@@ -1,4 +1,4 @@
-"""The demo run against its reference: three seeds' curves, stored in tests/oracles/demo_curves.json."""
+"""The demo run against its reference: curves of three seeds, tests/oracles/demo_curves.json."""
 import json
 import os
 import subprocess
