@@ -9,9 +9,9 @@ while pixels and untrained features see mostly the rest.
     Image.open(io.BytesIO(images[7])).show()         # an image of images.classes[7]
     held_out = DemoImages("val", count=1024, seed=0)
 
-Picture i is a pure function of (seed, split, i): the same in any order, process and count. One takes
-a millisecond or two to make; the latest 8,192 are kept, 5 kB each. `python -m data.demo OUT.png` draws a sheet, a row a
-kind.
+Picture i is a pure function of (seed, split, i): the same in any order, process and count. One
+takes a millisecond or two to make; the latest 8,192 are kept, 5 kB each. `python -m data.demo
+OUT.png` draws a sheet, a row a kind.
 """
 import functools
 import io
