@@ -93,7 +93,6 @@ def convert(loaded: Loaded, target: str, out: Path, force: bool, licence: str) -
         refuse_existing(f"{out}.data", force)
         export(loaded, out)
         print_left_out(loaded.tensors, {"trunk", "fc"}, "the graph")
-        print("images: RGB from 0 to 1, minus the mean and over the std of its pretraining")
     else:
         write(loaded.tensors, target, out)
 
@@ -108,8 +107,9 @@ def list_official() -> None:
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("python -m weights"):
         parser = argparse.ArgumentParser(
-            "python -m weights", usage="python -m weights [FILE] [--to WHAT OUT [--force]]",
-            description="What is in a file of weights, and conversion.", allow_abbrev=False)
+            "python -m weights", description="What is in a file of weights, and conversion.",
+            usage="python -m weights [FILE] [--to WHAT OUT [--force] [--licence TEXT]]",
+            allow_abbrev=False)
         parser.add_argument("source", nargs="?", action=Text, help="a file, a run's folder, a URL "
                             "or an official name; without it, the official files are listed")
         parser.add_argument("--to", nargs=2, action=Text, metavar=("WHAT", "OUT"), help="also "
@@ -122,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
         args = parser.parse_args(argv)
         if not args.source:
             return list_official()
+        if args.to and args.to[0] not in (*FORMATS, *TARGETS):
+            raise ValueError(f"--to {args.to[0]}: there is {', '.join((*FORMATS, *TARGETS))}")
         loaded = read(args.source)
         print(summary(loaded))
         if args.to:

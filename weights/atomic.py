@@ -144,3 +144,10 @@ def write_whole(path: Path, text: str) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text(text)
     os.replace(aside, path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON, one a line, but for a line that was cut off. Raises OSError,
+    ValueError."""
+    written = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in written if line.endswith("\n")]

@@ -15,12 +15,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from multicrop import IMAGENET_MEAN, IMAGENET_STD
 from weights.atomic import save_safetensors
 from weights.files import Loaded
 from weights.load import describe, stages_of
 from weights.names import from_ours
-from weights.preprocessing import config_of, preprocessing_of
+from weights.preprocessing import USUAL, config_of, preprocessing_of
 
 
 def write_folder(loaded: Loaded, out: Path) -> None:
@@ -82,8 +81,7 @@ def preprocessor_config(run: dict, path: Path | None) -> dict:
 
     run: the configuration; {}: ImageNet's usual preprocessing.  path: of the file.
     """
-    known = {"size": 224, "crop_ratio": 0.875, "bicubic": False, "mean": IMAGENET_MEAN,
-             "std": IMAGENET_STD} | preprocessing_of(run, path)
+    known = USUAL | preprocessing_of(run, path)
     square = {"height": known["size"], "width": known["size"]}
     ratio = known["crop_ratio"]                 # 0: the whole image as a square
     return {"image_processor_type": "BitImageProcessor", "do_convert_rgb": True, "do_resize": True,

@@ -9,11 +9,13 @@ Needs multicrop.py, whose text for crops, mean and std a configuration holds.
 import json
 from pathlib import Path
 
-from multicrop import parse_channels, parse_crops
+from multicrop import IMAGENET_MEAN, IMAGENET_STD, parse_channels, parse_crops
 from weights.files import Loaded
 from weights.official import official_names
 
 PRODUCTS = ("trunk.pt", "best.pt", "last.pt")        # their configuration is in config.json
+USUAL = {"size": 224, "crop_ratio": 0.875, "bicubic": False,        # for what is not known
+         "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 SEER_FINETUNED = {"size": 384, "crop_ratio": 1.0, "bicubic": True}      # its official networks
 
 
