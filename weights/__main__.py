@@ -124,6 +124,8 @@ def main(argv: list[str] | None = None) -> None:
             return list_official()
         if args.to and args.to[0] not in (*FORMATS, *TARGETS):
             raise ValueError(f"--to {args.to[0]}: there is {', '.join((*FORMATS, *TARGETS))}")
+        if args.licence and (args.to or [""])[0] != "card":
+            raise ValueError("--licence is of --to card")
         loaded = read(args.source)
         print(summary(loaded))
         if args.to:

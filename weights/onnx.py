@@ -44,7 +44,7 @@ def export(loaded: Loaded, out: Path) -> None:
     written."""
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise ValueError(f"{out} needs onnx and onnxscript: pip install onnx onnxscript")
-    trunk, fc = open_trunk(loaded)[0].float(), None
+    (trunk, _), fc = open_trunk(loaded), None
     if "fc.weight" in loaded.tensors:
         weight = loaded.tensors["fc.weight"]
         fc = nn.Linear(*reversed(weight.shape))
