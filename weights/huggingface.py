@@ -36,7 +36,7 @@ def write_folder(loaded: Loaded, out: Path) -> None:
             (aside / name).write_text(json.dumps(content, indent=2) + "\n")
         save_safetensors(aside / "model.safetensors", state)
         os.rename(aside, out)
-    except OSError:
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
