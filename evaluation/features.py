@@ -25,6 +25,7 @@ from distributed.fsdp import is_sharded
 from distributed.hardware import autocast, layout
 from distributed.ranks import gather_lists, my_share
 from multicrop import IMAGENET_MEAN, IMAGENET_STD, decode
+from weights import preprocessing
 
 BATCH = 64                               # images at once
 
@@ -57,7 +58,7 @@ class Preprocessing(NamedTuple):
         return CenterCrops(images, self.size, self.crop_ratio, self.bicubic)
 
 
-SEER_FINETUNED = Preprocessing(384, crop_ratio=1.0, bicubic=True)        # of its official networks
+SEER_FINETUNED = Preprocessing(**preprocessing.SEER_FINETUNED)
 
 
 class CenterCrops(Dataset):

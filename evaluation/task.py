@@ -9,7 +9,6 @@ The preprocessing is chosen here and nowhere else, by `choose_preprocessing`.
 Shapes: N images, C features.
 """
 import argparse
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -25,15 +24,13 @@ from distributed.hardware import PRECISIONS, pick_device
 from distributed.ranks import is_main
 from evaluation.features import SEER_FINETUNED, CenterCrops, Depths, Preprocessing, extract
 from methods.build import TRUNKS, build_trunk
-from multicrop import parse_channels, parse_crops
 from weights.atomic import file_digest
-from weights.files import Loaded, read
-from weights.load import arch_of, describe, load_weights
-from weights.official import OFFICIAL, official_names
+from weights.files import Loaded
+from weights.preprocessing import PRODUCTS, config_of, preprocessing_of
 from weights.sharded import SUMS, is_sharded
+from weights.trunk import open_trunk
 
 TILE = 96                                # pixels of an image in a sheet
-PRODUCTS = ("trunk.pt", "best.pt", "last.pt")        # their configuration is in config.json
 # of a run's folder; else trunk.pt
 FILES = {"clusters": ["checkpoint.pt", "checkpoint"], "classify": ["best.pt"],
          "detect": ["trunk.pt", "best.pt"]}
@@ -53,23 +50,8 @@ def load_trunk(source: str, arch: str = "",
             raise ValueError(f"random needs --arch, one of {', '.join(sorted(TRUNKS))}")
         torch.manual_seed(seed)
         return build_trunk(arch).eval(), {}, None
-    if source in OFFICIAL and arch not in ("", OFFICIAL[source].arch):
-        raise ValueError(f"{source} is of {OFFICIAL[source].arch}, not {arch}")
-    loaded = read(source)
-    known = arch_of(loaded.tensors)
-    if not known or arch not in ("", known[0]):
-        raise ValueError(f"{loaded.path} holds {describe(loaded.tensors)}, not "
-                         + (arch or "one of regnet.ARCHS"))
-    with torch.device("meta"):
-        trunk = build_trunk(*known)
-    load_weights(trunk, loaded)
-    config, beside = loaded.config, loaded.path.parent / "config.json"
-    if not config and loaded.path.name in PRODUCTS and beside.exists():
-        try:
-            config = json.loads(beside.read_text())["config"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{beside} is damaged: move it away") from None
-    return trunk.eval(), config, loaded
+    trunk, loaded = open_trunk(source, arch)
+    return trunk, config_of(loaded), loaded
 
 
 def choose_preprocessing(config: dict, path: Path | None,
@@ -82,16 +64,9 @@ def choose_preprocessing(config: dict, path: Path | None,
     fine-tuned ones, and those of --recipe finetune384, have SEER's.
     """
     chosen = Preprocessing(crop_ratio=0.875 if options.data else 1.0)
-    if "crops" in config:
-        chosen = chosen._replace(size=parse_crops(config["crops"])[0].size)
-    changes = {name: parse_channels(config[name]) for name in ("mean", "std")
-               if name in config}
-    names = [path.name, *official_names(path)] if path else []
-    if options.recipe == "finetune384" or any(name.startswith("seer_ft") for name in names):
+    changes = preprocessing_of(config, path)
+    if options.recipe == "finetune384":
         changes |= SEER_FINETUNED.geometry
-    elif isinstance(config.get("recipe"), dict):
-        changes |= {name: config["recipe"][name] for name in chosen.geometry
-                    if name in config["recipe"]}
     asked = {"size": options.size or None, "crop_ratio": options.crop_ratio,
              "bicubic": options.bicubic}
     return chosen._replace(**changes | {name: value for name, value in asked.items()

@@ -16,6 +16,8 @@ from typing import NamedTuple, Sequence
 
 from PIL import Image
 
+from weights.atomic import read_lines
+
 ASK = "pip install matplotlib to have the loss drawn"
 LABEL = "loss / ln K, each run's over its own K"
 RELATIVE = ("loss_over_ln_k", "loss_over_ln_candidates", "loss_over_ln_keys")   # 1: knows nothing
@@ -33,8 +35,7 @@ class Curve(NamedTuple):
 
 def read_log(run: Path) -> list[dict]:
     """The lines of log.jsonl, but for one that was cut off. Raises OSError, ValueError."""
-    written = (run / "log.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in written if line.endswith("\n")]
+    return read_lines(run / "log.jsonl")
 
 
 def read_curve(run: Path) -> Curve:

@@ -27,13 +27,10 @@ images_of: step -> int64 (n*B,), where a method has it: set by the loop; the num
 that this rank's n micro-batches show, or of those that were fetched so far.
 A method is a file of this folder and an entry of METHODS.
 """
-from dataclasses import replace
 from typing import Callable, NamedTuple
 
 import torch
-import torchvision
 from torch import nn
-from torchvision.models.resnet import Bottleneck
 
 from methods.barlow_twins import BarlowTwins
 from methods.byol import BYOL
@@ -42,39 +39,11 @@ from methods.dino import DINO
 from methods.mocov2 import MoCo
 from methods.simclr import SimCLR
 from methods.supervised import Supervised
-from regnet import ARCHS, RegNet
+from regnet import ARCHS
 from swav import SwAV
+from weights.trunk import RESNETS, build_trunk
 
-RESNETS = {"resnet50": 1, "resnet50w2": 2, "resnet50w4": 4, "resnet50w5": 5}     # widths
 TRUNKS = (*ARCHS, *RESNETS)
-
-
-def build_trunk(arch: str, rounding: str = "pycls") -> nn.Module:
-    """A name of regnet.ARCHS or RESNETS. ValueError: neither.  rounding: as in RegNetParams."""
-    if arch not in TRUNKS:
-        raise ValueError(f"unknown arch {arch!r}; there is {', '.join(sorted(TRUNKS))}")
-    if arch in RESNETS:
-        return build_resnet50(RESNETS[arch])
-    return RegNet(replace(ARCHS[arch], rounding=rounding))
-
-
-def build_resnet50(width: int = 1) -> nn.Module:
-    """torchvision's ResNet-50, SwAV's own trunk; or all its widths times `width`, the stem's and
-    the blocks' inner ones too, as facebookresearch/swav and VISSL have it (94, 375 and 586 million
-    parameters at 2, 4 and 5). Its `width_per_group` would change the inner ones alone."""
-    trunk = torchvision.models.resnet50()
-    if width > 1:
-        planes = trunk.inplanes = 64 * width
-        trunk.conv1 = nn.Conv2d(3, planes, 7, stride=2, padding=3, bias=False)
-        trunk.bn1 = nn.BatchNorm2d(planes)
-        for i, (blocks, stride) in enumerate([(3, 1), (4, 2), (6, 2), (3, 2)]):
-            layer = trunk._make_layer(Bottleneck, planes * 2 ** i, blocks, stride)
-            setattr(trunk, f"layer{i + 1}", layer)
-        for module in trunk.modules():
-            if isinstance(module, nn.Conv2d):       # as torchvision begins
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    trunk.num_features, trunk.fc = 2048 * width, nn.Identity()
-    return trunk
 
 
 def build_method(config, device="cpu", world: int = 1, images=None) -> nn.Module:

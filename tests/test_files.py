@@ -29,7 +29,9 @@ WRITTEN = [                             # the file, and the command that would w
     ("clusters.csv", [*CLUSTERS, "--out={out}/clusters.csv"]),
     ("clusters.png", [*CLUSTERS, "--out={out}/new.csv", "--sheet={out}/clusters.png"]),
     ("knn.png", KNN),
-    ("out.pth", [weights.__main__.main, "{model}", "--to", "timm", "{out}/out.pth"]),
+    *((name, [weights.__main__.main, "{model}", "--to", what, f"{{out}}/{name}"])
+      for what, name in (("timm", "out.pth"), ("hf", "hf"), ("onnx", "out.onnx"),
+                         ("card", "card.md"))),
     ("000000.tar", [data.images.main, "pack", "{photos}", "{out}"]),
     ("demo.png", [data.demo.main, "{out}/demo.png"]),
     ("bench.json", [bench.__main__.main, "sinkhorn", "--out={out}/bench.json"]),

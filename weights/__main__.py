@@ -1,8 +1,11 @@
-"""What is in a file of weights, and the same weights with another library's names.
+"""What is in a file of weights, and the same weights for other libraries.
 
     python -m weights                           # the official files: size, licence, URL
     python -m weights FILE                      # the network in FILE, its parts, its licence
     python -m weights FILE --to timm OUT        # also write it to OUT, with timm's names
+    python -m weights FILE --to hf FOLDER       # a folder that transformers opens
+    python -m weights FILE --to onnx OUT        # a graph
+    python -m weights RUN --to card README.md   # what the run's folder says about its trunk
 
 FILE is anything that weights.files.read takes: a path, a run's folder, a URL, an official name. OUT
 is written whole or not at all. What can't be read or written gets one line, and exit code 2.
@@ -14,12 +17,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from weights.atomic import refuse_existing, save
+from weights.atomic import refuse_existing, save, save_safetensors
 from weights.files import Loaded, read, state_dict_of
 from weights.load import describe
 from weights.names import TARGETS, from_ours, part_of, to_ours
 from weights.official import LICENCES, OFFICIAL, gigabytes, official_names
 from weights.terminal import Text, one_sentence
+
+FORMATS = {"hf": "a folder that transformers opens as a RegNetModel",
+           "onnx": "a graph, images to features",
+           "card": "a page of Markdown on what a run's folder holds, for who gets its weights"}
 
 
 def summary(loaded: Loaded) -> str:
@@ -54,22 +61,40 @@ def summary(loaded: Loaded) -> str:
 
 def write(tensors: dict[str, Tensor], layout: str, out: Path) -> None:
     """Tensors with torchvision's names -> a file with the names of layout: .safetensors, or torch's
-    format under any other suffix. Prints which parts layout has no names for. Raises ValueError,
-    or OSError where the file cannot be written."""
+    format under any other suffix. Prints which parts are left out. Raises ValueError, or OSError
+    where the file cannot be written."""
     state = from_ours(tensors, layout)
-    named = to_ours(state_dict_of(state))[0]
-    left = sorted({*map(part_of, tensors)} - {*map(part_of, named)})
-    if left:
-        print(f"left out, for {layout} has no names for them: {', '.join(left)}", file=sys.stderr)
+    print_left_out(tensors, {*map(part_of, to_ours(state_dict_of(state))[0])}, layout)
     if out.suffix != ".safetensors":
         return save(out, state)
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ValueError(f"{out} needs safetensors: pip install safetensors") from None
     if layout in ("vissl", "pycls"):
         raise ValueError(f"{layout}'s files are nested dicts, which safetensors cannot hold")
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, out)
+    save_safetensors(out, state)
+
+
+def print_left_out(tensors: dict[str, Tensor], kept: set[str], target: str) -> None:
+    if left := sorted({*map(part_of, tensors)} - kept):
+        print(f"left out, for {target} has no place for them: {', '.join(left)}", file=sys.stderr)
+
+
+def convert(loaded: Loaded, target: str, out: Path, force: bool, licence: str) -> None:
+    """Write what was read to out; target: a key of FORMATS, or a layout. Raises ValueError, or
+    OSError where something cannot be written."""
+    refuse_existing(out, None if target == "hf" else force, [loaded.path])
+    if target == "card":
+        from weights.card import write_card
+        write_card(loaded, out, licence, force)
+    elif target == "hf":
+        from weights.huggingface import write_folder
+        write_folder(loaded, out)
+        print_left_out(loaded.tensors, {"trunk", "fc"}, "transformers")
+    elif target == "onnx":
+        from weights.onnx import export
+        refuse_existing(f"{out}.data", force)
+        export(loaded, out)
+        print_left_out(loaded.tensors, {"trunk", "fc"}, "the graph")
+    else:
+        write(loaded.tensors, target, out)
 
 
 def list_official() -> None:
@@ -82,23 +107,29 @@ def list_official() -> None:
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("python -m weights"):
         parser = argparse.ArgumentParser(
-            "python -m weights", usage="python -m weights [FILE] [--to LAYOUT OUT [--force]]",
-            description="What is in a file of weights, and conversion.", allow_abbrev=False)
+            "python -m weights", description="What is in a file of weights, and conversion.",
+            usage="python -m weights [FILE] [--to WHAT OUT [--force] [--licence TEXT]]",
+            allow_abbrev=False)
         parser.add_argument("source", nargs="?", action=Text, help="a file, a run's folder, a URL "
                             "or an official name; without it, the official files are listed")
-        parser.add_argument("--to", nargs=2, action=Text, metavar=("LAYOUT", "OUT"),
-                            help="also write the weights to OUT, with the names of LAYOUT: "
-                                 + ", ".join(TARGETS))
-        parser.add_argument("--force", action="store_true", help="replace OUT where it is there")
+        parser.add_argument("--to", nargs=2, action=Text, metavar=("WHAT", "OUT"), help="also "
+                            f"write OUT: {'; '.join(map(': '.join, FORMATS.items()))}; or a file "
+                            "of weights with the names of " + ", ".join(TARGETS))
+        parser.add_argument("--force", action="store_true", help="replace OUT where it is there; "
+                            "a folder never is")
+        parser.add_argument("--licence", action=Text, default="", help="of the weights, for the "
+                            "card: its name, or a sentence; none: left to be filled in")
         args = parser.parse_args(argv)
         if not args.source:
             return list_official()
+        if args.to and args.to[0] not in (*FORMATS, *TARGETS):
+            raise ValueError(f"--to {args.to[0]}: there is {', '.join((*FORMATS, *TARGETS))}")
+        if args.licence and (args.to or [""])[0] != "card":
+            raise ValueError("--licence is of --to card")
         loaded = read(args.source)
         print(summary(loaded))
         if args.to:
-            out = Path(args.to[1])
-            refuse_existing(out, args.force, [loaded.path])
-            write(loaded.tensors, args.to[0], out)
+            convert(loaded, args.to[0], Path(args.to[1]), args.force, args.licence)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""A file is whole or it is not there: checkpoints and small text files.
+"""A file is whole or it is not there: checkpoints, .safetensors and small text files.
 
     import torch
-    from weights.atomic import load, save
+    from weights.atomic import load, save, save_safetensors
     save("checkpoint.pt", {"step": 7, "weight": torch.zeros(3, 2)})
     state = load("checkpoint.pt")                      # tensors, numbers, strings; never code
+    save_safetensors("model.safetensors", {"weight": torch.zeros(3, 2)})
 
 A file is written aside, flushed to the disk, read back, and renamed over the old one: a crash at
 any instant leaves the old file or the new one. A checkpoint is a plain torch file that loads with
@@ -11,6 +12,7 @@ weights_only=True. Being a zip archive it may end with a comment: here the SHA-2
 that a file that was cut short, or that has one wrong bit, is recognised.
 """
 import hashlib
+import json
 import os
 import pickle
 from pathlib import Path
@@ -20,6 +22,9 @@ import torch
 from weights.terminal import reason
 
 _MARK = b"sha256:"
+_SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
+                torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16",
+                torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 def save(path: str | os.PathLike, state) -> None:
@@ -40,6 +45,34 @@ def save(path: str | os.PathLike, state) -> None:
         os.replace(aside, path)
         flush_folder(Path(path).parent)
     except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError on a full disk
+        Path(aside).unlink(missing_ok=True)
+        raise OSError(f"{path} could not be saved: {reason(error)}") from None
+
+
+def save_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors to path, all or nothing, in the format of github.com/huggingface/safetensors:
+    the length of a header in JSON, the header, all bytes. Those with the largest elements come
+    first, so that each begins at a multiple of its element's size. Raises OSError where it cannot
+    be written."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    header, end = {"__metadata__": {"format": "pt"}}, 0         # without which transformers refuses
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _SAFETENSORS[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    aside = f"{path}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        flush_folder(Path(path).parent)
+    except OSError as error:
         Path(aside).unlink(missing_ok=True)
         raise OSError(f"{path} could not be saved: {reason(error)}") from None
 
@@ -111,3 +144,10 @@ def write_whole(path: Path, text: str) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text(text)
     os.replace(aside, path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON, one a line, but for a line that was cut off. Raises OSError,
+    ValueError."""
+    written = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in written if line.endswith("\n")]
