@@ -56,8 +56,8 @@ def text(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def blur(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Gaussian, of standard deviation a thirtieth of the shorter side."""
-    return image.filter(ImageFilter.GaussianBlur(min(image.size) / 30))
+    """Gaussian, of standard deviation a fifteenth of the shorter side."""
+    return image.filter(ImageFilter.GaussianBlur(min(image.size) / 15))
 
 
 def gray(image: Image.Image, rng: random.Random) -> Image.Image:

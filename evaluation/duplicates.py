@@ -14,8 +14,9 @@ An image's features are pooled (pooling.py), whitened on the images themselves a
 norm. Two images whose similarity is at least the threshold are near-duplicates, and so are those
 that a chain of such pairs joins. The rule for the threshold: of the logarithm of an image's
 distance to its nearest other, 1 - similarity, the median less SPREADS times the distance from the
-median to the upper quartile. Duplicates are in the lower half and move neither much, as long as
-they are a minority; where they are not, the threshold is too high, and finds too few.
+median to the upper quartile; but a similarity of LEAST is needed. Duplicates are in the lower half
+and move neither much, as long as they are a minority; where they are not, the threshold is too
+high, and finds too few.
 
 Shapes: N images, C features, K components.
 """
@@ -39,6 +40,7 @@ from evaluation.task import EvalTask
 from figures.sheets import Row, Tile, sheet
 
 SPREADS = 3.0                            # of a normal distribution this is two deviations
+LEAST = 0.9                              # where all images are far apart, none is a duplicate
 PER_COMPONENT = 8                        # images, at least, for each component of the whitening
 COMPONENTS = 32                          # with fewer there is no whitening: it would lose too much
 
@@ -68,7 +70,7 @@ def choose_threshold(similarity: Tensor) -> float:
     the rule is above."""
     distance = (1 - similarity.double()).clamp(min=1e-7).log().numpy()
     median, upper = numpy.quantile(distance, [0.5, 0.75])
-    return float(1 - numpy.exp(median - SPREADS * (upper - median)))
+    return max(LEAST, float(1 - numpy.exp(median - SPREADS * (upper - median))))
 
 
 def groups(x: Tensor, similarity: Tensor, threshold: float) -> list[list[int]]:

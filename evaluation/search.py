@@ -32,7 +32,7 @@ def similarities(features: Tensor, queries: Tensor,
 
     chunk: queries at once; 0: as many as make 2^26 numbers.
     """
-    chunk = chunk or max(1, SIMILARITIES // len(features))
+    chunk = chunk or max(1, SIMILARITIES // max(1, len(features)))
     for start in range(0, len(queries), chunk):
         yield start, queries[start:start + chunk] @ features.t()
 
