@@ -1,5 +1,6 @@
 """evaluation/duplicates.py: the rule, the groups, and planted duplicates that are found again."""
 import csv
+import json
 
 import numpy
 import pytest
@@ -17,6 +18,7 @@ from evaluation.duplicates import (
 )
 from tests.evaluation.conftest import QUICK, RANDOM
 from tests.evaluation.test_retrieve import write_blocks
+from tests.helpers import torchrun
 
 
 def planted(count, copies, size=48, noise=0.05):
@@ -26,7 +28,7 @@ def planted(count, copies, size=48, noise=0.05):
     return F.normalize(torch.cat([x, x[:copies] + noise * torch.randn(copies, size)]), dim=1)
 
 
-def test_the_nearest_other_is_never_the_image_itself():
+def test_the_nearest_other_is_not_the_image_itself():
     x = torch.cat([planted(30, 5), planted(30, 5)[:1].expand(3, -1)])       # image 0 four times
     exact = x @ x.t()
     exact.fill_diagonal_(-2)
@@ -127,3 +129,26 @@ def test_planted_images_are_found_and_left_out_of_the_list(tmp_path, command, re
     assert command(*options, "--threshold=1")["groups"] == 0
     assert "one depth" in refused(*options, "--force", "--depths=res3,avgpool")
     assert "ends in .csv" in refused(*options, f"--out={tmp_path}/x.txt")
+
+
+@pytest.mark.measured
+def test_two_ranks_find_what_one_does(tmp_path, command):
+    folder = write_blocks(tmp_path / "photos", 150)
+    for i in range(6):
+        image = Image.open(folder / f"{2000 + i}00.png").convert("RGB")
+        image.resize((40, 33)).save(folder / f"twin {i}.jpg", quality=40)
+    options = [*RANDOM, *QUICK, "--data", str(folder)]
+    for argv in (["retrieve", *options, "--attack", "--queries=5", "--whiten", str(folder),
+                  "--components=40"],
+                 ["duplicates", *options, f"--out={tmp_path / 'd.csv'}", "--force"]):
+        alone = command(*argv)
+        table = (tmp_path / "d.csv").read_text() if argv[0] == "duplicates" else ""
+        result = torchrun("evaluate.py", *argv)
+        assert result.returncode == 0, result.stderr
+        printed, = map(json.loads, result.stdout.splitlines())
+        assert printed.keys() == alone.keys()
+        if table:
+            assert printed == alone and alone["groups"] >= 6
+            assert (tmp_path / "d.csv").read_text() == table
+        else:                           # whitening is a sum of two shares: to rounding
+            assert printed["map"] == pytest.approx(alone["map"], abs=0.5)

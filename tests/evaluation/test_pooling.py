@@ -16,6 +16,8 @@ def test_the_regions_of_small_maps():
     assert regions(6, 9, 2) == [(0, 0, 6), (0, 3, 6),
                                 *((y, x, 4) for y in (0, 2) for x in (0, 2, 5))]
     assert sorted(regions(9, 6)) == sorted((y, x, side) for x, y, side in regions(6, 9))
+    # 4 x 10: three overlap by 1/4, four by 1/2, five by 5/8
+    assert regions(4, 10, 1) == [(0, x, 4) for x in (0, 2, 4, 6)]
     assert regions(1, 1) == [(0, 0, 1)]                 # of the finer levels there is nothing
     # 32 x 43, of a picture of 1,024 pixels: the first level's overlap is 1 - 11 / 32 = 0.66
     assert len(regions(32, 43)) == 2 + 6 + 12
