@@ -8,6 +8,8 @@
     python evaluate.py detect runs/mine --data coco/                     # or Pascal VOC's layout
     python evaluate.py features runs/mine --data photos/ --out features.npy
     python evaluate.py clusters runs/mine --data photos/ --out clusters.csv --sheet sheet.png
+    python evaluate.py retrieve runs/mine --data photos/ --attack   # or CopyDays, Oxford
+    python evaluate.py duplicates runs/mine --data photos/ --out duplicates.csv
     python evaluate.py compare runs/compare --data flowers/ --seeds 0,1,2    # train.py's methods
 
 CHECKPOINT is a run's folder, its checkpoint.pt or trunk.pt, any other file or official name that
@@ -21,6 +23,8 @@ finetune: the whole network, on all labels or some.  classify: what that gave, o
 detect: Mask R-CNN on the trunk, trained and measured; a trained one is measured, or with --show
 draws what it finds.
 features: of every image, to a memory-mapped file.  clusters: each image's nearest prototype.
+retrieve: images found by their features, of published benchmarks or, attacked, of one's own.
+duplicates: groups of images that are nearly the same, and a list of those to keep.
 compare: the methods of train.py, trained with several seeds each and measured. CHECKPOINT is a new
 folder for all that, and a table comes in place of the JSON object (docs/methods.md).
 
@@ -36,13 +40,25 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from data.demo import DemoImages
 from data.images import open_images
 from distributed.hardware import PRECISIONS, pick_device
 from distributed.ranks import PATIENCE, init_process_group, is_main, leave_together
-from evaluation import compare, detect, export, finetune, knn, linear, lowshot
+from evaluation import (
+    compare,
+    detect,
+    duplicates,
+    export,
+    finetune,
+    knn,
+    linear,
+    lowshot,
+    retrieve,
+)
 from evaluation.lowshot import SHOTS
+from evaluation.pooling import POOLS
 from evaluation.supervised import RECIPES
 from evaluation.task import EvalTask, open_task
 from methods.build import METHODS
@@ -54,18 +70,24 @@ from weights.terminal import Text, number_in, one_sentence, reason
 
 PROTOCOLS = {"knn": knn.run, "linear": linear.run, "lowshot": lowshot.run, "finetune": finetune.run,
              "classify": finetune.run_classify, "features": export.run_features,
-             "clusters": export.run_clusters, "detect": detect.run}     # and compare
+             "clusters": export.run_clusters, "detect": detect.run, "retrieve": retrieve.run,
+             "duplicates": duplicates.run}     # and compare
 _TRAINING = "linear finetune detect"
+_LOOKING = "knn clusters detect retrieve duplicates"
+_CUT = "knn linear lowshot finetune classify features clusters compare retrieve duplicates"
 # options of some protocols; the others refuse them
 PROTOCOLS_OF = {
-    "k": "knn", "temperature": "knn", "depths": "linear lowshot", "shots": "lowshot",
-    "draws": "lowshot", "sgd": "linear", "classes": "classify", "labels": "finetune detect",
+    "k": "knn", "temperature": "knn", "depths": "linear lowshot retrieve duplicates",
+    "shots": "lowshot", "draws": "lowshot", "sgd": "linear", "classes": "classify",
+    "labels": "finetune detect",
     "recipe": "linear finetune classify", "area": "linear finetune", "epochs": _TRAINING,
     "batch_size": _TRAINING, "lr": _TRAINING, "shard": "finetune",
-    "crop_ratio": "knn linear lowshot finetune classify features clusters compare",
-    "bicubic": "knn linear lowshot finetune classify features clusters compare",
-    "out": "linear finetune detect features clusters", "sheet": "knn clusters detect",
-    "force": "knn clusters detect", "rows": "knn clusters detect", "columns": "knn clusters",
+    "crop_ratio": _CUT, "bicubic": _CUT,
+    "out": "linear finetune detect features clusters duplicates",
+    "sheet": _LOOKING, "force": _LOOKING, "rows": _LOOKING,
+    "columns": "knn clusters retrieve duplicates", "pool": "retrieve duplicates",
+    "components": "retrieve duplicates", "threshold": "duplicates", "faiss": "duplicates",
+    **dict.fromkeys(("attack", "queries", "whiten", "distractors"), "retrieve"),
     **dict.fromkeys(("train", "val", "annotations", "boxes_only", "checkpoint_activations", "show"),
                     "detect"),
     "steps": "detect compare", "seed": " ".join(PROTOCOLS),
@@ -88,13 +110,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", action=Text, default="", help="folder with train/ and val/, "
                         "class folders or lists train.txt, val.txt, or one of class folders, of "
                         "which a fifth is val; of classify one folder of classes; of detect COCO's "
-                        "layout or Pascal VOC's; of features, clusters and --show any images, as "
-                        "train.py takes them; none: the demo's")
+                        "layout or Pascal VOC's; of retrieve CopyDays', or revisited Oxford's or "
+                        "Paris'; of features, clusters, duplicates, --attack and --show any "
+                        "images, as train.py takes them; none: the demo's")
     parser.add_argument("--arch", action=Text, default="", help="of the network called random")
     parser.add_argument("--seed", type=number_in(int, 0, 2 ** 63 - 1), default=0, help="of the "
                         "network called random, of draws and of training")
-    parser.add_argument("--out", action=Text, default="", help="file of features (.npy) and "
-                        "clusters (.csv), folder of finetune, linear --sgd and detect")
+    parser.add_argument("--out", action=Text, default="", help="file of features (.npy), "
+                        "clusters and duplicates (.csv), folder of finetune, linear --sgd and "
+                        "detect")
     shown = parser.add_argument_group("preprocessing")
     shown.add_argument("--size", type=number_in(int, 8, MAX_SIZE), default=0,
                        help="pixels; none: the size of the run's first crops, else 224; of detect "
@@ -104,6 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        "1, a fine-tuned network's own")
     shown.add_argument("--bicubic", action=argparse.BooleanOptionalAction)
     add_options_of_protocols(parser)
+    add_options_of_search(parser)
     add_options_of_compare(parser)
     parser.add_argument("--device", action=Text, default="",
                         help="cuda, mps or cpu; none: the best one here")
@@ -129,9 +154,10 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
                        "10,20,200 (SEER: 200; 20)")
     group.add_argument("--temperature", type=several(number_in(float, 0.001, 1000)), default=[0.1],
                        help="of the votes, one or several (SEER: 0.1, 10B 0.07)")
-    group = parser.add_argument_group("linear and lowshot")
+    group = parser.add_argument_group("linear, lowshot, retrieve and duplicates")
     group.add_argument("--depths", type=several(str), default=["avgpool"],
-                       help="one or several of res2 to res5 and avgpool: res4,res5,avgpool")
+                       help="one or several of res2 to res5 and avgpool: res4,res5,avgpool; of "
+                       "duplicates one")
     group.add_argument("--shots", type=several(count), default=list(SHOTS),
                        help="of lowshot: images a class")
     group.add_argument("--draws", type=number_in(int, 1, 1000), default=5,
@@ -169,11 +195,32 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pictures to look at")
     group.add_argument("--sheet", action=Text, default="", help="knn: queries with their "
                        "neighbours, right and wrong ones framed; clusters: images nearest to the "
-                       "largest ones; detect: the ground truth and what was found; a PNG")
+                       "largest ones; detect: the ground truth and what was found; retrieve: "
+                       "what was not found; duplicates: groups; a PNG")
     group.add_argument("--force", action="store_true", help="replace the files of --sheet, of "
-                       "clusters --out and of --show, where they are there")
+                       "--out and of --show, where they are there")
     group.add_argument("--rows", type=number_in(int, 1, 100), default=16)
     group.add_argument("--columns", type=number_in(int, 1, 100), default=10)
+
+
+def add_options_of_search(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("retrieve and duplicates")
+    group.add_argument("--pool", choices=POOLS, default="rmac",
+                       help="of a stage's map (SEER: rmac)")
+    group.add_argument("--components", type=number_in(int, 1, 100_000), default=1024, help="of the "
+                       "whitening, at most (SEER: 1024); duplicates: at most one for "
+                       f"{duplicates.PER_COMPONENT} images")
+    group.add_argument("--whiten", action=Text, default="", help="retrieve: images, as train.py "
+                       "takes them, on which PCA whitening is learned; none: no whitening")
+    group.add_argument("--distractors", action=Text, default="", help="retrieve: more images of "
+                       "the database, as train.py takes them")
+    group.add_argument("--attack", action="store_true", help="retrieve: images of --data under "
+                       "attacks are the queries, and all its images the database")
+    group.add_argument("--queries", type=number_in(int, 1, 1_000_000), default=200,
+                       help="of --attack: images that are attacked, drawn at random")
+    group.add_argument("--threshold", type=number_in(float, 0.001, 1), help="duplicates: "
+                       "similarity from which on two images are nearly the same; none: by a rule")
+    group.add_argument("--faiss", action="store_true", help="duplicates: search with that library")
 
 
 def add_options_of_compare(parser: argparse.ArgumentParser) -> None:
@@ -202,13 +249,16 @@ def recipe_of_swav(options: argparse.Namespace) -> Config:
 
 def check_files(options: argparse.Namespace) -> None:
     """Raises ValueError where a file of the user's would be replaced."""
+    tables = ("clusters", "duplicates")
     written = {".png": options.sheet,
-               ".csv": (options.out or "clusters.csv") if options.what == "clusters" else ""}
+               ".csv": (options.out or f"{options.what}.csv") if options.what in tables else ""}
     for suffix, path in written.items():
         if path and not path.endswith(suffix):
             raise ValueError(f"{path} needs a name that ends in {suffix}")
         if path:
             refuse_existing(path, options.force, [options.data])
+    if options.what == "duplicates":
+        refuse_existing(duplicates.keep_file(Path(written[".csv"])), options.force, [options.data])
 
 
 def report(task: EvalTask, result: dict) -> None:

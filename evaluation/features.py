@@ -14,6 +14,7 @@ import sys
 from typing import Iterator, NamedTuple, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode
@@ -82,20 +83,35 @@ class CenterCrops(Dataset):
         except Exception as error:           # a file system's errors too
             print("left out", fault_of(error, self.images.name(i)), file=sys.stderr)
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
+        return TF.pil_to_tensor(self.fit(image)), True
+
+    def fit(self, image: Image.Image) -> Image.Image:
         image = TF.resize(image, self.resize, self.filter)
-        return TF.pil_to_tensor(TF.center_crop(image, self.size)), True
+        return TF.center_crop(image, self.size)
+
+
+class WholeImages(CenterCrops):
+    """Image i -> all of it, uint8 (3, h, w), its longer side resized to `size`, and whether it
+    could be read. They go through `extract` one at a time (batch=1)."""
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        scale = self.size / max(image.size)
+        return TF.resize(image, [max(1, round(side * scale)) for side in image.size[::-1]],
+                         self.filter)
 
 
 @torch.no_grad()
 def in_batches(network: nn.Module, images: Sequence[tuple[Tensor, bool]], device="cpu",
                workers: int = 0, mean=IMAGENET_MEAN, std=IMAGENET_STD, desc: str = "features",
-               dtype: torch.dtype = torch.float32) -> Iterator[tuple[list[Tensor], Tensor]]:
+               dtype: torch.dtype = torch.float32,
+               batch: int = BATCH) -> Iterator[tuple[list[Tensor], Tensor]]:
     """A batch at a time: the network's outputs in eval mode, a list of float32 tensors on the CPU,
     and which images could be read (B,).
 
     network: normalised images -> a tensor (B, ...), or a list of them.  images: CenterCrops, or a
     list of what they give.  mean, std: of each channel.  dtype: of autocast; in bfloat16
-    the weights of convolutions are turned into it, in place: half the memory.
+    the weights of convolutions are turned into it, in place: half the memory.  batch: images at
+    once; 1: they may differ in shape.
     """
     memory_format = layout(torch.device(device))
     for module in network.modules() if dtype != torch.float32 else ():
@@ -105,11 +121,11 @@ def in_batches(network: nn.Module, images: Sequence[tuple[Tensor, bool]], device
         network.to(device, memory_format=memory_format)
     network.eval()
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
-    loader = DataLoader(images, BATCH, num_workers=workers)
-    for batch, ok in tqdm(loader, desc=desc, disable=not sys.stderr.isatty()):
-        count = len(batch)
-        full = batch.new_zeros(BATCH, *batch.shape[1:])
-        full[:count] = batch
+    loader = DataLoader(images, batch, num_workers=workers)
+    for pixels, ok in tqdm(loader, desc=desc, disable=not sys.stderr.isatty()):
+        count = len(pixels)
+        full = pixels.new_zeros(batch, *pixels.shape[1:])
+        full[:count] = pixels
         full = full.to(device).to(torch.float32, memory_format=memory_format)
         with autocast(torch.device(device), dtype):
             output = network(full.div_(255).sub_(mean).div_(std))
@@ -161,11 +177,15 @@ class Depths(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         if self.depths == ["avgpool"]:
             return [self.trunk(images)]
+        return [nn.functional.adaptive_avg_pool2d(
+            x, 1 if depth == "avgpool" else self.CELLS).flatten(1)
+            for depth, x in zip(self.depths, self.maps(images))]
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Of each depth the map itself (B, C, H, W); of avgpool the last stage's."""
         maps = dict(zip(self.stages, stage_maps(self.trunk, images)))
         maps["avgpool"] = maps[self.stages[-1]]
-        return [nn.functional.adaptive_avg_pool2d(
-            maps[depth], 1 if depth == "avgpool" else self.CELLS).flatten(1)
-            for depth in self.depths]
+        return [maps[depth] for depth in self.depths]
 
 
 def stage_maps(trunk: nn.Module, images: Tensor) -> list[Tensor]:

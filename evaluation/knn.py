@@ -20,21 +20,16 @@ from data.labelled import Labelled
 from data.stream import permute
 from distributed.ranks import is_main
 from evaluation.metrics import per_cent
+from evaluation.search import nearest
 from evaluation.task import EvalTask, counts
 from figures.sheets import Row, Tile, sheet
-
-SIMILARITIES = 2 ** 26                   # numbers at once
 
 
 def neighbours(features: Tensor, queries: Tensor, k: int,
                chunk: int = 0) -> tuple[Tensor, Tensor]:
     """The k nearest rows of features in cosine similarity: similarities, indices, each (M, k),
     nearest first. chunk: queries at once; 0: as many as make 2^26 similarities."""
-    features, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
-    chunk = chunk or max(1, SIMILARITIES // len(features))
-    parts = [(part @ features.t()).topk(min(k, len(features))) for part in queries.split(chunk)]
-    similarity, nearest = zip(*parts)
-    return torch.cat(similarity), torch.cat(nearest)
+    return nearest(F.normalize(features, dim=1), F.normalize(queries, dim=1), k, chunk)
 
 
 def vote(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
@@ -48,8 +43,8 @@ def vote(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -
 def knn(features: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.1,
         chunk: int = 0) -> Tensor:
     """(N, C), (N,), (M, C) -> predicted labels (M,)."""
-    similarity, nearest = neighbours(features, queries, k, chunk)
-    return vote(similarity, labels[nearest], temperature, int(labels.max()) + 1)
+    similarity, found = neighbours(features, queries, k, chunk)
+    return vote(similarity, labels[found], temperature, int(labels.max()) + 1)
 
 
 def knn_top1(features: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = 20,
