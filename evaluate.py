@@ -9,6 +9,7 @@
     python evaluate.py features runs/mine --data photos/ --out features.npy
     python evaluate.py clusters runs/mine --data photos/ --out clusters.csv --sheet sheet.png
     python evaluate.py compare runs/compare --data flowers/ --seeds 0,1,2    # train.py's methods
+    python evaluate.py scaling runs/scaling --data 'photos/*.tar' --sets flowers/,leaves/
 
 CHECKPOINT is a run's folder, its checkpoint.pt or trunk.pt, any other file or official name that
 weights.files reads, or `random` for an untrained network. The last line on stdout is one JSON
@@ -21,8 +22,9 @@ finetune: the whole network, on all labels or some.  classify: what that gave, o
 detect: Mask R-CNN on the trunk, trained and measured; a trained one is measured, or with --show
 draws what it finds.
 features: of every image, to a memory-mapped file.  clusters: each image's nearest prototype.
-compare: the methods of train.py, trained with several seeds each and measured. CHECKPOINT is a new
-folder for all that, and a table comes in place of the JSON object (docs/methods.md).
+compare: the methods of train.py, trained with several seeds each and measured (docs/methods.md).
+scaling: SwAV on parts of a set, with several trunks, measured on other sets (docs/miniature.md).
+Of both CHECKPOINT is a new folder for all that, and a table comes in place of the JSON object.
 
 Each protocol is a file of evaluation/.
 """
@@ -34,6 +36,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 
@@ -41,20 +44,20 @@ from data.demo import DemoImages
 from data.images import open_images
 from distributed.hardware import PRECISIONS, pick_device
 from distributed.ranks import PATIENCE, init_process_group, is_main, leave_together
-from evaluation import compare, detect, export, finetune, knn, linear, lowshot
+from evaluation import compare, detect, export, finetune, knn, linear, lowshot, scaling
 from evaluation.lowshot import SHOTS
 from evaluation.supervised import RECIPES
 from evaluation.task import EvalTask, open_task
 from methods.build import METHODS
 from multicrop import MAX_SIZE
-from recipes.command_line import configure, hyphens
-from recipes.config import Config, with_length
+from recipes.command_line import configure, hyphens, rule_for
+from recipes.config import complete, with_length
 from weights.atomic import refuse_existing
 from weights.terminal import Text, number_in, one_sentence, reason
 
 PROTOCOLS = {"knn": knn.run, "linear": linear.run, "lowshot": lowshot.run, "finetune": finetune.run,
              "classify": finetune.run_classify, "features": export.run_features,
-             "clusters": export.run_clusters, "detect": detect.run}     # and compare
+             "clusters": export.run_clusters, "detect": detect.run}     # and compare, scaling
 _TRAINING = "linear finetune detect"
 # options of some protocols; the others refuse them
 PROTOCOLS_OF = {
@@ -62,14 +65,16 @@ PROTOCOLS_OF = {
     "draws": "lowshot", "sgd": "linear", "classes": "classify", "labels": "finetune detect",
     "recipe": "linear finetune classify", "area": "linear finetune", "epochs": _TRAINING,
     "batch_size": _TRAINING, "lr": _TRAINING, "shard": "finetune",
-    "crop_ratio": "knn linear lowshot finetune classify features clusters compare",
-    "bicubic": "knn linear lowshot finetune classify features clusters compare",
+    "crop_ratio": "knn linear lowshot finetune classify features clusters compare scaling",
+    "bicubic": "knn linear lowshot finetune classify features clusters compare scaling",
     "out": "linear finetune detect features clusters", "sheet": "knn clusters detect",
     "force": "knn clusters detect", "rows": "knn clusters detect", "columns": "knn clusters",
     **dict.fromkeys(("train", "val", "annotations", "boxes_only", "checkpoint_activations", "show"),
                     "detect"),
-    "steps": "detect compare", "seed": " ".join(PROTOCOLS),
-    **dict.fromkeys(("methods", "seeds", "images", "minutes", "jobs", "finetune"), "compare")}
+    "steps": "detect compare scaling", "seed": " ".join(PROTOCOLS),
+    **dict.fromkeys(("seeds", "images", "jobs"), "compare scaling"),
+    **dict.fromkeys(("methods", "minutes", "finetune", "trunks"), "compare"),
+    **dict.fromkeys(("sets", "pictures", "archs"), "scaling")}
 
 
 def several(kind: Callable) -> Callable:
@@ -81,15 +86,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "evaluate.py", usage="evaluate.py WHAT CHECKPOINT [--data DIR] [more: see --help]",
         description="Measure what a trunk has learned.", allow_abbrev=False)
-    parser.add_argument("what", choices=[*PROTOCOLS, "compare"])
+    parser.add_argument("what", choices=[*PROTOCOLS, "compare", "scaling"])
     parser.add_argument("checkpoint", action=Text, help="run folder, checkpoint.pt, trunk.pt, a "
                         "file of another library, an official name (python -m weights), or random; "
-                        "of compare its own folder")
+                        "of compare and scaling their own folder")
     parser.add_argument("--data", action=Text, default="", help="folder with train/ and val/, "
                         "class folders or lists train.txt, val.txt, or one of class folders, of "
                         "which a fifth is val; of classify one folder of classes; of detect COCO's "
-                        "layout or Pascal VOC's; of features, clusters and --show any images, as "
-                        "train.py takes them; none: the demo's")
+                        "layout or Pascal VOC's; of features, clusters, scaling and --show any "
+                        "images, as train.py takes them; none: the demo's")
     parser.add_argument("--arch", action=Text, default="", help="of the network called random")
     parser.add_argument("--seed", type=number_in(int, 0, 2 ** 63 - 1), default=0, help="of the "
                         "network called random, of draws and of training")
@@ -104,7 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        "1, a fine-tuned network's own")
     shown.add_argument("--bicubic", action=argparse.BooleanOptionalAction)
     add_options_of_protocols(parser)
-    add_options_of_compare(parser)
+    add_options_of_many_runs(parser)
     parser.add_argument("--device", action=Text, default="",
                         help="cuda, mps or cpu; none: the best one here")
     parser.add_argument("--workers", type=number_in(int, 0, 256),
@@ -176,28 +181,67 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--columns", type=number_in(int, 1, 100), default=10)
 
 
-def add_options_of_compare(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("compare, with --steps, of SwAV's batch")
-    group.add_argument("--methods", type=several(str), default=list(METHODS),
-                       help=f"some of {','.join(METHODS)}; none: all")
+def add_options_of_many_runs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("compare and scaling, with --steps, of SwAV's batch")
     group.add_argument("--seeds", type=several(number_in(int, 0, 2 ** 63 - 1)), default=[0, 1, 2])
     group.add_argument("--images", type=number_in(int, 1, 10 ** 12), default=0,
                        help="that each run sees; none, nor --steps: as SwAV's recipe says")
-    group.add_argument("--minutes", type=number_in(float, 0.01, 1_000_000), default=0.0,
-                       help="that each run trains, instead of as many images")
     group.add_argument("--jobs", type=number_in(int, 1, 256), default=1,
                        help="runs side by side, each with its share of the processors")
+    group = parser.add_argument_group("compare")
+    group.add_argument("--methods", type=several(str), default=list(METHODS),
+                       help=f"some of {','.join(METHODS)}; none: all")
+    group.add_argument("--minutes", type=number_in(float, 0.01, 1_000_000), default=0.0,
+                       help="that each run trains, instead of as many images")
     group.add_argument("--finetune", action="store_true",
-                       help="fine-tune too, with 1 %% and 10 %% of the labels")
+                       help="fine-tune too, with 1 %% and 10 %% of the labels, and with all")
+    group.add_argument("--trunks", type=lambda text: dict(several(named)(text)), default={},
+                       metavar="NAME=CHECKPOINT,...", help="more rows: trunks that are there, each "
+                       "a CHECKPOINT as of other protocols; {seed} in it stands for the seed")
+    group = parser.add_argument_group("scaling")
+    group.add_argument("--sets", type=several(str), default=[], help="labelled sets to measure on, "
+                       "each as --data of other protocols: sets/emoji,sets/drawings")
+    group.add_argument("--pictures", type=several(count_or_all), metavar="N,...,all",
+                       default=[1000, 4000, 16_000, "all"],
+                       help="of --data, to pretrain on: the first N of a fixed permutation, or all "
+                       "(1000,4000,16000,all)")
+    group.add_argument("--archs", type=several(str),
+                       default=["regnety_100mf", "regnety_200mf", "regnety_400mf"],
+                       help="trunks (regnety_100mf,regnety_200mf,regnety_400mf)")
 
 
-def recipe_of_swav(options: argparse.Namespace) -> Config:
-    """Of the set of a comparison, whose trunk and length all methods have."""
+def named(text: str) -> tuple[str, str]:
+    """"NAME=CHECKPOINT", for argparse. The name is part of a folder's."""
+    name, _, checkpoint = text.partition("=")
+    if not re.fullmatch(r"\w[\w.+-]*", name) or not checkpoint:
+        raise argparse.ArgumentTypeError(f"{text!r}: needs NAME=CHECKPOINT, the name of letters, "
+                                         "digits, -, + and .")
+    return name, checkpoint
+
+
+def count_or_all(text: str) -> int | str:
+    return text if text == "all" else number_in(int, 8, 10 ** 12)(text)
+
+
+def run_compare(options: argparse.Namespace) -> bool:
+    """With SwAV's recipe for the set, whose trunk and length all methods have."""
     given = {"data": os.path.join(options.data, "train")} if options.data else {"recipe": "demo"}
     given |= {name: getattr(options, name) for name in ("arch", "steps", "images", "device")
               if getattr(options, name)}
     images = open_images(given["data"]) if options.data else DemoImages("train")
-    return with_length(configure(given, 1, images), len(images))
+    return compare.run(options, with_length(configure(given, 1, images), len(images)))
+
+
+def run_scaling(options: argparse.Namespace) -> bool:
+    """With the recipe for the whole set."""
+    if not options.data:
+        raise ValueError("scaling needs --data: images to pretrain on, as train.py takes them")
+    given = {name: getattr(options, name) for name in ("data", "steps", "images", "device")
+             if getattr(options, name)}
+    images = open_images(options.data)
+    name, rule = rule_for(given, 1, images)
+    recipe = with_length(complete(given, 1, name, rule), len(images))
+    return scaling.run(options, images, recipe, [*rule])
 
 
 def check_files(options: argparse.Namespace) -> None:
@@ -233,10 +277,10 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence("evaluate.py"):
         options = parse(argv)
         check_files(options)
-        if options.what == "compare":
+        if options.what not in PROTOCOLS:
             if "RANK" in os.environ:
-                raise ValueError("compare starts its runs itself: leave out torchrun")
-            sys.exit(not compare.run(options, recipe_of_swav(options)))
+                raise ValueError(f"{options.what} starts its runs itself: leave out torchrun")
+            sys.exit(not {"compare": run_compare, "scaling": run_scaling}[options.what](options))
         with leave_together():
             if "RANK" in os.environ:
                 init_process_group(pick_device(options.device, int(os.environ["LOCAL_RANK"])),
