@@ -63,8 +63,8 @@ _TRAINING = "linear finetune detect"
 PROTOCOLS_OF = {
     "k": "knn", "temperature": "knn", "depths": "linear lowshot", "shots": "lowshot",
     "draws": "lowshot", "sgd": "linear", "classes": "classify", "labels": "finetune detect",
-    "recipe": "linear finetune classify", "area": "linear finetune", "epochs": _TRAINING,
-    "batch_size": _TRAINING, "lr": _TRAINING, "shard": "finetune",
+    "recipe": "linear finetune classify", "area": "linear finetune",
+    "epochs": f"{_TRAINING} compare", "batch_size": _TRAINING, "lr": _TRAINING, "shard": "finetune",
     "crop_ratio": "knn linear lowshot finetune classify features clusters compare scaling",
     "bicubic": "knn linear lowshot finetune classify features clusters compare scaling",
     "out": "linear finetune detect features clusters", "sheet": "knn clusters detect",
@@ -120,7 +120,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 and getattr(options, name) != parser.get_default(name)):
             parser.error(f"--{name.replace('_', '-')} is of {', '.join(protocols.split())}, not "
                          f"of {options.what}")
-    if options.steps and options.epochs:
+    if options.what == "detect" and options.steps and options.epochs:
         parser.error("--steps or --epochs, not both")
     if sum(map(bool, (options.steps, options.images, options.minutes))) > 1:
         parser.error("one of --steps, --images and --minutes")
@@ -148,7 +148,8 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
                        "all")
     group.add_argument("--recipe", choices=list(RECIPES), help="none: finetune, or few where "
                        "--labels is given")
-    group.add_argument("--epochs", type=number_in(float, 0.001, 100_000))
+    group.add_argument("--epochs", type=number_in(float, 0.001, 100_000),
+                       help="of compare those of its --finetune; none: by the recipe")
     group.add_argument("--batch-size", type=number_in(int, 2, 8192))
     group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch; "
                        "detect: per 16")
@@ -194,7 +195,8 @@ def add_options_of_many_runs(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--minutes", type=number_in(float, 0.01, 1_000_000), default=0.0,
                        help="that each run trains, instead of as many images")
     group.add_argument("--finetune", action="store_true",
-                       help="fine-tune too, with 1 %% and 10 %% of the labels, and with all")
+                       help="fine-tune too, with 1 %%, 10 %% and all of the labels; all take "
+                       "about as long as a run of SwAV")
     group.add_argument("--trunks", type=lambda text: dict(several(named)(text)), default={},
                        metavar="NAME=CHECKPOINT,...", help="more rows: trunks that are there, each "
                        "a CHECKPOINT as of other protocols; {seed} in it stands for the seed")

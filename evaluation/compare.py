@@ -133,7 +133,6 @@ def measure(options: argparse.Namespace, recipe, run: Path, method: str, seed: i
         cell[f"linear_{name}"] = few_labels(train, val, part)
     for name, part in (SHARES | {"100": ""}).items() if options.finetune else ():
         task = task_of(options, recipe, source, what="finetune", labels=str(part),
-                       epochs=None if part else options.epochs,
                        out=f"{run}-finetuned-{name}", **network)
         cell[f"finetuned_{name}"] = finetune.run(task)["top1"]
     return cell
@@ -225,7 +224,7 @@ def run(options: argparse.Namespace, recipe) -> bool:
     settings = {"data": os.path.abspath(options.data) if options.data else "the demo images",
                 "arch": recipe.arch, "size": options.size or recipe.crops[0].size,
                 "crop_ratio": options.crop_ratio, "bicubic": options.bicubic,
-                "precision": options.precision, **length}
+                "precision": options.precision, "epochs": options.epochs, **length}
     keep_settings(out / "compare.json", settings)
     until_interrupted(lambda: fill(options, recipe, out, settings), options.jobs)
     print(write_table(out, settings))

@@ -191,7 +191,8 @@ def check(options: argparse.Namespace, images, sets: Sequence[str], batch: int) 
     if not sets or len({Path(one).name for one in sets}) < len(sets):
         raise ValueError("scaling needs --sets: labelled sets, of different names")
     for one in sets:
-        open_splits(one)
+        if any(part.multilabel for part in open_splits(one)):
+            raise ValueError(f"scaling needs images with one label each, and {one} has others")
 
 
 def run(options: argparse.Namespace, images, recipe, names: Sequence[str]) -> bool:
