@@ -135,9 +135,13 @@ def test_a_trunk_that_is_there_is_measured_as_the_others(tmp_path, classes, monk
     run.mkdir()
     save(run / "trunk.pt", build_trunk("regnety_100mf").state_dict())
     (run / "config.json").write_text(json.dumps({"config": {"mean": "0.5,0.5,0.5"}}))
+
+    def tune(task):
+        tuned.append(task)
+        return {"top1": 50.0 + len(tuned)}
+
     monkeypatch.setattr(compare, "few_labels", lambda *_: 1.0)
-    monkeypatch.setattr(finetune, "run", lambda task: {"top1": 50.0 + len(tuned.append(task) or
-                                                                          tuned)})
+    monkeypatch.setattr(finetune, "run", tune)
     given = options(tmp_path, data=str(classes), trunks={"mine": f"{tmp_path}/run-{{seed}}"},
                     finetune=True)
     cell = compare.measure(given, Config(arch="regnety_200mf"), tmp_path / "mine-7", "mine", 7)
