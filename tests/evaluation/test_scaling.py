@@ -99,11 +99,11 @@ def test_what_is_there_is_not_run_or_measured_again(out, monkeypatch):
     monkeypatch.setattr(scaling, "cost", lambda run: TRAINED)
     options = evaluate.parse(["scaling", str(out), "--data=photos", "--pictures=all", "--seeds=0",
                               "--archs=regnety_100mf,regnety_200mf,regnety_400mf", *QUICK])
-    scaling.fill(options, range(60), None, {"recipe": "small", "lr": 9.6, "head_bn": True}, out,
+    scaling.fill(options, range(60), None, {"recipe": "small", "lr": 9.6, "hard": False}, out,
                  [ONE, TWO], SETTINGS)
     assert {*started} == {(60, "regnety_200mf", 0), (60, "regnety_400mf", 0)}
     words = " ".join(map(str, started[60, "regnety_200mf", 0]))
-    assert " --data photos --recipe small --lr 9.6 --head-bn --arch regnety_200mf " in words
+    assert " --data photos --recipe small --lr 9.6 --no-hard --arch regnety_200mf " in words
     assert " --cache off --images 6400 " in words
     assert seen == [("regnety_100mf", "random", ONE), ("regnety_100mf", "random", TWO),
                     ("regnety_400mf", "random", ONE), ("regnety_400mf", "random", TWO),
