@@ -91,11 +91,14 @@ def fill(options: argparse.Namespace, images, recipe, rule: dict, out: Path, set
         for count, arch, seed in todo if count and "sets" not in cells.get((count, arch, seed), {})}
 
     def measure(count: int, arch: str, seed: int) -> dict:
-        run, before = runs[count, arch, seed], cells.get((count, arch, seed), {}).get("sets", {})
-        found = {one: frozen(*task_of(
-            options, recipe, run / "trunk.pt" if count else "random", what="linear", data=one,
-            arch=arch, seed=seed).extract_splits(["avgpool"])) for one in sets if one not in before}
-        return {"sets": before | found} | (cost(run) | {"jobs": options.jobs} if count else {})
+        run, before = runs[count, arch, seed], cells.get((count, arch, seed), {})
+        found = dict(before.get("sets", {}))
+        for one in (one for one in sets if one not in found):
+            task = task_of(options, recipe, run / "trunk.pt" if count else "random", what="linear",
+                           data=one, arch=arch, seed=seed)
+            found[one] = frozen(*task.extract_splits(["avgpool"]))
+        trained = cost(run) | {"jobs": before.get("jobs", options.jobs)} if count else {}
+        return {"sets": found} | trained
 
     with contextlib.closing(measured(todo, commands, {}, measure, options.jobs)) as ended:
         for key, cell in ended:

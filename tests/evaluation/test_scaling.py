@@ -111,6 +111,7 @@ def test_what_is_there_is_not_run_or_measured_again(out, monkeypatch):
                     ("regnety_200mf", "60-regnety_200mf-0/trunk.pt", ONE),
                     ("regnety_200mf", "60-regnety_200mf-0/trunk.pt", TWO)]
     cells = read_cells(out, scaling.KEY)
+    assert [cells[60, arch, 0]["jobs"] for arch in ("regnety_100mf", "regnety_200mf")] == [2, 1]
     assert cells[60, "regnety_100mf", 0]["sets"] == {
         ONE: {"knn": 9.0, "linear": 9.0}, TWO: {"knn": 1.0, "linear": 2.0}}
     assert cells[60, "regnety_400mf", 0]["failed"] == "exit status 2: no room left"
