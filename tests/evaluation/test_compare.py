@@ -204,7 +204,7 @@ def test_plot(tmp_path):
 @pytest.mark.long
 def test_a_comparison_from_end_to_end(tmp_path, shades):
     """Ended by a signal within the first run; the same command goes on; another seed is added to
-    it, and a row of given trunks, which are those of SwAV; other settings are refused."""
+    it, and a row of a given trunk, SwAV's first; other settings are refused."""
     out = tmp_path / "out"
     argv = [sys.executable, "evaluate.py", "compare", str(out), f"--data={shades}",
             "--methods=swav,supervised", "--epochs=2", *QUICK]
@@ -230,8 +230,7 @@ def test_a_comparison_from_end_to_end(tmp_path, shades):
     assert "each method saw 720 images" in text and text.rstrip() == (
         out / "table.md").read_text().rstrip()
 
-    process = start("--seeds=0,1", "--steps=30", "--finetune",
-                    f"--trunks=mine={out}/swav-{{seed}}")
+    process = start("--seeds=0,1", "--steps=30", "--finetune", f"--trunks=mine={out}/swav-0")
     text, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     both = read_cells(out)
@@ -241,8 +240,8 @@ def test_a_comparison_from_end_to_end(tmp_path, shades):
     linear = [both["swav", seed]["linear"] for seed in (0, 1)]
     assert f"{statistics.mean(linear):.1f} ± {statistics.stdev(linear):.1f}" in text
     assert "fine-tuned, 10 % | fine-tuned, all" in text and "| mine | " in text
-    assert all(both["mine", seed][name] == both["swav", seed][name] for seed in (0, 1)
-               for name in (*FROZEN, *FINETUNED))
+    assert all(both["mine", seed][name] == both["swav", 0][name] for seed, columns in (
+        (0, [*FROZEN, *FINETUNED]), (1, FROZEN)) for name in columns)
 
     process = start("--seeds=0", "--steps=31")
     _, errors = process.communicate(timeout=600)
