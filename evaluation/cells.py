@@ -154,8 +154,8 @@ def caption(settings: dict, cells: dict[tuple[str, int], dict]) -> str:
     if any("finetuned_1" in cell for cell in cells.values()):
         about += (" The untrained trunk, fine-tuned, is supervised training from scratch with that "
                   "share of the labels.")
-    if settings.get("epochs"):
-        about += f" Fine-tuned for {settings['epochs']:g} epochs."
+        if settings.get("epochs"):
+            about += f" Fine-tuned for {settings['epochs']:g} epochs."
     if given := {method: cell["checkpoint"] for (method, _), cell in cells.items()
                  if "checkpoint" in cell}:
         about += (f" Given trunks: {', '.join(f'{name}, {path}' for name, path in given.items())}; "
