@@ -11,6 +11,7 @@
     python evaluate.py retrieve runs/mine --data photos/ --attack   # or CopyDays, Oxford
     python evaluate.py duplicates runs/mine --data photos/ --out duplicates.csv
     python evaluate.py compare runs/compare --data flowers/ --seeds 0,1,2    # train.py's methods
+    python evaluate.py scaling runs/scaling --data 'photos/*.tar' --sets flowers/,leaves/
 
 CHECKPOINT is a run's folder, its checkpoint.pt or trunk.pt, any other file or official name that
 weights.files reads, or `random` for an untrained network. The last line on stdout is one JSON
@@ -25,8 +26,9 @@ draws what it finds.
 features: of every image, to a memory-mapped file.  clusters: each image's nearest prototype.
 retrieve: images found by their features, of published benchmarks or, attacked, of one's own.
 duplicates: groups of images that are nearly the same, and a list of those to keep.
-compare: the methods of train.py, trained with several seeds each and measured. CHECKPOINT is a new
-folder for all that, and a table comes in place of the JSON object (docs/methods.md).
+compare: the methods of train.py, trained with several seeds each and measured (docs/methods.md).
+scaling: SwAV on parts of a set, with several trunks, measured on other sets (docs/miniature.md).
+Of both CHECKPOINT is a new folder for all that, and a table comes in place of the JSON object.
 
 Each protocol is a file of evaluation/.
 """
@@ -39,12 +41,11 @@ if __name__ == "__main__":
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from data.demo import DemoImages
 from data.images import open_images
-from distributed.hardware import PRECISIONS, pick_device
+from distributed.hardware import pick_device
 from distributed.ranks import PATIENCE, init_process_group, is_main, leave_together
 from evaluation import (
     compare,
@@ -56,195 +57,54 @@ from evaluation import (
     linear,
     lowshot,
     retrieve,
+    scaling,
 )
-from evaluation.lowshot import SHOTS
-from evaluation.pooling import POOLS
-from evaluation.supervised import RECIPES
+from evaluation.command_line import add_options, refuse_others
 from evaluation.task import EvalTask, open_task
-from methods.build import METHODS
-from multicrop import MAX_SIZE
-from recipes.command_line import configure, hyphens
-from recipes.config import Config, with_length
+from recipes.command_line import configure, hyphens, rule_for
+from recipes.config import complete, with_length
 from weights.atomic import refuse_existing
-from weights.terminal import Text, number_in, one_sentence, reason
+from weights.terminal import one_sentence, reason
 
 PROTOCOLS = {"knn": knn.run, "linear": linear.run, "lowshot": lowshot.run, "finetune": finetune.run,
              "classify": finetune.run_classify, "features": export.run_features,
              "clusters": export.run_clusters, "detect": detect.run, "retrieve": retrieve.run,
-             "duplicates": duplicates.run}     # and compare
-_TRAINING = "linear finetune detect"
-_LOOKING = "knn clusters detect retrieve duplicates"
-_CUT = "knn linear lowshot finetune classify features clusters compare retrieve duplicates"
-# options of some protocols; the others refuse them
-PROTOCOLS_OF = {
-    "k": "knn", "temperature": "knn", "depths": "linear lowshot retrieve duplicates",
-    "shots": "lowshot", "draws": "lowshot", "sgd": "linear", "classes": "classify",
-    "labels": "finetune detect",
-    "recipe": "linear finetune classify", "area": "linear finetune", "epochs": _TRAINING,
-    "batch_size": _TRAINING, "lr": _TRAINING, "shard": "finetune",
-    "crop_ratio": _CUT, "bicubic": _CUT,
-    "out": "linear finetune detect features clusters duplicates",
-    "sheet": _LOOKING, "force": _LOOKING, "rows": _LOOKING,
-    "columns": "knn clusters retrieve duplicates", "pool": "retrieve duplicates",
-    "components": "retrieve duplicates", "threshold": "duplicates", "faiss": "duplicates",
-    **dict.fromkeys(("attack", "queries", "whiten", "distractors"), "retrieve"),
-    **dict.fromkeys(("train", "val", "annotations", "boxes_only", "checkpoint_activations", "show"),
-                    "detect"),
-    "steps": "detect compare", "seed": " ".join(PROTOCOLS),
-    **dict.fromkeys(("methods", "seeds", "images", "minutes", "jobs", "finetune"), "compare")}
-
-
-def several(kind: Callable) -> Callable:
-    """"1,2,4" -> a list, for argparse."""
-    return lambda given: [kind(word) for word in given.split(",")]
+             "duplicates": duplicates.run}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "evaluate.py", usage="evaluate.py WHAT CHECKPOINT [--data DIR] [more: see --help]",
         description="Measure what a trunk has learned.", allow_abbrev=False)
-    parser.add_argument("what", choices=[*PROTOCOLS, "compare"])
-    parser.add_argument("checkpoint", action=Text, help="run folder, checkpoint.pt, trunk.pt, a "
-                        "file of another library, an official name (python -m weights), or random; "
-                        "of compare its own folder")
-    parser.add_argument("--data", action=Text, default="", help="folder with train/ and val/, "
-                        "class folders or lists train.txt, val.txt, or one of class folders, of "
-                        "which a fifth is val; of classify one folder of classes; of detect COCO's "
-                        "layout or Pascal VOC's; of retrieve CopyDays', or revisited Oxford's or "
-                        "Paris'; of features, clusters, duplicates, --attack and --show any "
-                        "images, as train.py takes them; none: the demo's")
-    parser.add_argument("--arch", action=Text, default="", help="of the network called random")
-    parser.add_argument("--seed", type=number_in(int, 0, 2 ** 63 - 1), default=0, help="of the "
-                        "network called random, of draws and of training")
-    parser.add_argument("--out", action=Text, default="", help="file of features (.npy), "
-                        "clusters and duplicates (.csv), folder of finetune, linear --sgd and "
-                        "detect")
-    shown = parser.add_argument_group("preprocessing")
-    shown.add_argument("--size", type=number_in(int, 8, MAX_SIZE), default=0,
-                       help="pixels; none: the size of the run's first crops, else 224; of detect "
-                       "the short side, none: by its recipe")
-    shown.add_argument("--crop-ratio", type=number_in(float, 0.1, 1, or_else=0), help="central "
-                       "square over short side; 0: the whole image as a square; none: 0.875, demo "
-                       "1, a fine-tuned network's own")
-    shown.add_argument("--bicubic", action=argparse.BooleanOptionalAction)
-    add_options_of_protocols(parser)
-    add_options_of_search(parser)
-    add_options_of_compare(parser)
-    parser.add_argument("--device", action=Text, default="",
-                        help="cuda, mps or cpu; none: the best one here")
-    parser.add_argument("--workers", type=number_in(int, 0, 256),
-                        default=min(8, os.cpu_count() or 1))
+    parser.add_argument("what", choices=[*PROTOCOLS, *OF_RUNS])
+    add_options(parser)
     options = parser.parse_args(hyphens(sys.argv[1:] if argv is None else argv))
-    for name, protocols in PROTOCOLS_OF.items():
-        if (options.what not in protocols.split()
-                and getattr(options, name) != parser.get_default(name)):
-            parser.error(f"--{name.replace('_', '-')} is of {', '.join(protocols.split())}, not "
-                         f"of {options.what}")
-    if options.steps and options.epochs:
-        parser.error("--steps or --epochs, not both")
-    if sum(map(bool, (options.steps, options.images, options.minutes))) > 1:
-        parser.error("one of --steps, --images and --minutes")
+    refuse_others(parser, options)
     return options
 
 
-def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
-    count, share = number_in(int, 1, 1_000_000), number_in(float, 0.001, 1)
-    group = parser.add_argument_group("knn")
-    group.add_argument("--k", type=several(count), default=[20], help="neighbours, one or several: "
-                       "10,20,200 (SEER: 200; 20)")
-    group.add_argument("--temperature", type=several(number_in(float, 0.001, 1000)), default=[0.1],
-                       help="of the votes, one or several (SEER: 0.1, 10B 0.07)")
-    group = parser.add_argument_group("linear, lowshot, retrieve and duplicates")
-    group.add_argument("--depths", type=several(str), default=["avgpool"],
-                       help="one or several of res2 to res5 and avgpool: res4,res5,avgpool; of "
-                       "duplicates one")
-    group.add_argument("--shots", type=several(count), default=list(SHOTS),
-                       help="of lowshot: images a class")
-    group.add_argument("--draws", type=number_in(int, 1, 1000), default=5,
-                       help="of lowshot, for each number of shots")
-    group.add_argument("--sgd", action="store_true", help="linear: VISSL's recipe")
-    group = parser.add_argument_group("finetune, and linear --sgd")
-    group.add_argument("--labels", action=Text, default="", help="a share of each class' labels, "
-                       "as 0.01, or a list of file names; of detect a share of the images; none: "
-                       "all")
-    group.add_argument("--recipe", choices=list(RECIPES), help="none: finetune, or few where "
-                       "--labels is given")
-    group.add_argument("--epochs", type=number_in(float, 0.001, 100_000))
-    group.add_argument("--batch-size", type=number_in(int, 2, 8192))
-    group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch; "
-                       "detect: per 16")
-    group.add_argument("--area", type=share, help="least share of an image's area in a crop")
-    group.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS), help="bf16: "
-                       "of features too, with half the memory; else these are fp32")
-    group.add_argument("--shard", action="store_true", help="finetune by torchrun: each rank keeps "
-                       "a part of the weights, as for 10 billion; with activation checkpointing")
-    group = parser.add_argument_group("detect, and --labels to --precision but --recipe and --area")
-    group.add_argument("--train", action=Text, default="", help="COCO's folder of images, VOC's "
-                       "list; none: train2017, or train")
-    group.add_argument("--val", action=Text, default="", help="none: val2017, or val")
-    group.add_argument("--annotations", action=Text, help="COCO's files: {split} for the folder's "
-                       "name, or TRAIN.json,VAL.json", default="annotations/instances_{split}.json")
-    group.add_argument("--boxes-only", action="store_true", help="no masks: Faster R-CNN")
-    group.add_argument("--steps", type=number_in(int, 1, 10_000_000), help="in place of --epochs")
-    group.add_argument("--checkpoint-activations", action="store_true", help="of each block: less "
-                       "memory, a third more time")
-    group.add_argument("--show", action=Text, default="", help="draw what a trained detector finds "
-                       "in the images of --data, into this folder, with detections.json")
-    parser.add_argument("--classes", action=Text, default="",
-                        help="classify: file of all class names, in order")
-    group = parser.add_argument_group("pictures to look at")
-    group.add_argument("--sheet", action=Text, default="", help="knn: queries with their "
-                       "neighbours, right and wrong ones framed; clusters: images nearest to the "
-                       "largest ones; detect: the ground truth and what was found; retrieve: "
-                       "what was not found; duplicates: groups; a PNG")
-    group.add_argument("--force", action="store_true", help="replace the files of --sheet, of "
-                       "--out and of --show, where they are there")
-    group.add_argument("--rows", type=number_in(int, 1, 100), default=16)
-    group.add_argument("--columns", type=number_in(int, 1, 100), default=10)
-
-
-def add_options_of_search(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("retrieve and duplicates")
-    group.add_argument("--pool", choices=POOLS, default="rmac",
-                       help="of a stage's map (SEER: rmac)")
-    group.add_argument("--components", type=number_in(int, 1, 100_000), default=1024, help="of the "
-                       "whitening, at most (SEER: 1024); duplicates: at most one for "
-                       f"{duplicates.PER_COMPONENT} images")
-    group.add_argument("--whiten", action=Text, default="", help="retrieve: images, as train.py "
-                       "takes them, on which PCA whitening is learned; none: no whitening")
-    group.add_argument("--distractors", action=Text, default="", help="retrieve: more images of "
-                       "the database, as train.py takes them")
-    group.add_argument("--attack", action="store_true", help="retrieve: images of --data under "
-                       "attacks are the queries, and all its images the database")
-    group.add_argument("--queries", type=number_in(int, 1, 1_000_000), default=200,
-                       help="of --attack: images that are attacked, drawn at random")
-    group.add_argument("--threshold", type=number_in(float, 0.001, 1), help="duplicates: "
-                       "similarity from which on two images are nearly the same; none: by a rule")
-    group.add_argument("--faiss", action="store_true", help="duplicates: search with that library")
-
-
-def add_options_of_compare(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("compare, with --steps, of SwAV's batch")
-    group.add_argument("--methods", type=several(str), default=list(METHODS),
-                       help=f"some of {','.join(METHODS)}; none: all")
-    group.add_argument("--seeds", type=several(number_in(int, 0, 2 ** 63 - 1)), default=[0, 1, 2])
-    group.add_argument("--images", type=number_in(int, 1, 10 ** 12), default=0,
-                       help="that each run sees; none, nor --steps: as SwAV's recipe says")
-    group.add_argument("--minutes", type=number_in(float, 0.01, 1_000_000), default=0.0,
-                       help="that each run trains, instead of as many images")
-    group.add_argument("--jobs", type=number_in(int, 1, 256), default=1,
-                       help="runs side by side, each with its share of the processors")
-    group.add_argument("--finetune", action="store_true",
-                       help="fine-tune too, with 1 %% and 10 %% of the labels")
-
-
-def recipe_of_swav(options: argparse.Namespace) -> Config:
-    """Of the set of a comparison, whose trunk and length all methods have."""
+def run_compare(options: argparse.Namespace) -> bool:
+    """With SwAV's recipe for the set, whose trunk and length all methods have."""
     given = {"data": os.path.join(options.data, "train")} if options.data else {"recipe": "demo"}
     given |= {name: getattr(options, name) for name in ("arch", "steps", "images", "device")
               if getattr(options, name)}
     images = open_images(given["data"]) if options.data else DemoImages("train")
-    return with_length(configure(given, 1, images), len(images))
+    return compare.run(options, with_length(configure(given, 1, images), len(images)))
+
+
+def run_scaling(options: argparse.Namespace) -> bool:
+    """With the recipe for the whole set."""
+    if not options.data:
+        raise ValueError("scaling needs --data: images to pretrain on, as train.py takes them")
+    given = {name: getattr(options, name) for name in ("data", "steps", "images", "device")
+             if getattr(options, name)}
+    images = open_images(options.data)
+    name, rule = rule_for(given, 1, images)
+    recipe = with_length(complete(given, 1, name, rule), len(images))
+    return scaling.run(options, images, recipe, [*rule])
+
+
+OF_RUNS = {"compare": run_compare, "scaling": run_scaling}
 
 
 def check_files(options: argparse.Namespace) -> None:
@@ -283,10 +143,10 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence("evaluate.py"):
         options = parse(argv)
         check_files(options)
-        if options.what == "compare":
+        if options.what not in PROTOCOLS:
             if "RANK" in os.environ:
-                raise ValueError("compare starts its runs itself: leave out torchrun")
-            sys.exit(not compare.run(options, recipe_of_swav(options)))
+                raise ValueError(f"{options.what} starts its runs itself: leave out torchrun")
+            sys.exit(not OF_RUNS[options.what](options))
         with leave_together():
             if "RANK" in os.environ:
                 init_process_group(pick_device(options.device, int(os.environ["LOCAL_RANK"])),

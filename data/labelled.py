@@ -37,7 +37,7 @@ class Labelled(NamedTuple):
 
     def subset(self, indices: Sequence[int]) -> "Labelled":
         """Some of the images, with their targets; all classes stay."""
-        return self._replace(images=_NamedSubset(self.images, indices),
+        return self._replace(images=NamedSubset(self.images, indices),
                              targets=self.targets[indices])
 
 
@@ -45,7 +45,9 @@ class NoClasses(ValueError):
     """Images that are not in class folders."""
 
 
-class _NamedSubset(Subset):
+class NamedSubset(Subset):
+    """Some of the images of a dataset, with their names."""
+
     def name(self, i: int) -> str:
         return self.dataset.name(self.indices[i])
 

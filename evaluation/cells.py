@@ -1,4 +1,4 @@
-"""Cells of a comparison, each a method and a seed: kept as lines of a file, and shown as a table.
+"""Cells of a comparison, as a method and a seed: kept as lines of a file, and shown as a table.
 
     write_cell(out, {"method": "swav", "seed": 0, "knn": 60.3, "linear": 62.9, ...})
     rows = rows_of(read_cells(out))                 # a row a method
@@ -21,34 +21,36 @@ from weights.atomic import write_whole
 UNTRAINED, YARDSTICK = "untrained", "supervised"        # are in the table, and not ranked
 DRAWS = 5                                               # of a part of the labels
 FROZEN = {"knn": "kNN", "linear": "linear", "linear_1": "linear, 1 %", "linear_10": "linear, 10 %"}
-FINETUNED = {"finetuned_1": "fine-tuned, 1 %", "finetuned_10": "fine-tuned, 10 %"}
+FINETUNED = {"finetuned_1": "fine-tuned, 1 %", "finetuned_10": "fine-tuned, 10 %",
+             "finetuned_100": "fine-tuned, all"}
 
 
-def keep_settings(out: Path, settings: dict) -> None:
-    """compare.json. Raises ValueError where the folder has a comparison with other ones, or
-    something else."""
-    path = out / "compare.json"
+def keep_settings(path: Path, settings: dict) -> None:
+    """A JSON file, OUT/compare.json. Raises ValueError where it holds other ones, and where it is
+    not there, but OUT holds something else."""
+    out = path.parent
     if path.exists():
         before = json.loads(path.read_text())
         changed = [f"{name} was {before.get(name)}, not {settings.get(name)}"
                    for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if changed:
-            raise ValueError(f"{out} holds another comparison ({'; '.join(changed)}); choose "
-                             "another folder")
+            raise ValueError(f"{path} has other settings ({'; '.join(changed)}); choose another "
+                             "folder")
     elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} holds files, and no comparison: choose another folder")
+        raise ValueError(f"{out} holds files, and no {path.name}: choose another folder")
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
-def read_cells(out: Path) -> dict[tuple[str, int], dict]:
-    """(method, seed) -> the last line of it in results.jsonl; a line that was cut off is none."""
+def read_cells(out: Path, names: Sequence[str] = ("method", "seed")) -> dict[tuple, dict]:
+    """(method, seed) -> the last line of it in results.jsonl; a line that was cut off is none.
+    names: that make the key."""
     cells, path = {}, out / "results.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             cell = json.loads(line)
-            cells[cell["method"], cell["seed"]] = cell
+            cells[tuple(cell[name] for name in names)] = cell
     return cells
 
 
@@ -89,6 +91,16 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+def in_words(values: Sequence[float]) -> str:
+    """"62.0 ± 2.8"; of a single value "62.0"."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(words)} |" for words in (head, ["---"] * len(head), *rows))
+
+
 def rows_of(cells: dict[tuple[str, int], dict]) -> list[dict]:
     """A row a method, the best linear probe first: column -> its values, one a seed."""
     rows = {}
@@ -97,7 +109,7 @@ def rows_of(cells: dict[tuple[str, int], dict]) -> list[dict]:
             row = rows.setdefault(method, {"method": method, "n": 0})
             row["n"] += 1
             for name, value in cell.items():
-                if name not in ("method", "seed", "jobs"):
+                if name not in ("method", "seed", "jobs", "checkpoint"):
                     row.setdefault(name, []).append(value)
     return sorted(rows.values(), key=lambda row: -statistics.fmean(row["linear"]))
 
@@ -115,20 +127,16 @@ def table(rows: list[dict]) -> str:
     columns = {name: title for name, title in (FROZEN | FINETUNED).items()
                if any(name in row for row in rows)}
     best = {name: best_of(rows, name) for name in columns}
-    lines = [["method", *columns.values(), "minutes", "GB", "images seen", "n"]]
+    head, lines = ["method", *columns.values(), "minutes", "GB", "images seen", "n"], []
     for row in rows:
         words = [row["method"]]
         for name in columns:
-            text = "-"
-            if name in row:
-                mean, deviation = mean_and_deviation(row[name])
-                text = f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+            text = in_words(row[name]) if name in row else "-"
             words.append(f"**{text}**" if row["method"] in best[name] else text)
         for name, digits in (("minutes", ".1f"), ("memory_gb", ".2f"), ("images", ",.0f")):
             words.append(f"{statistics.fmean(row[name]):{digits}}" if name in row else "-")
         lines.append([*words, str(row["n"])])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(words) + " |" for words in lines)
+    return markdown(head, lines)
 
 
 def caption(settings: dict, cells: dict[tuple[str, int], dict]) -> str:
@@ -139,10 +147,19 @@ def caption(settings: dict, cells: dict[tuple[str, int], dict]) -> str:
     data = Path(settings["data"]).name
     about = (f"{data}, {settings['arch']}, {settings['size']} pixels; {equal}, by its own recipe. "
              "Top-1 in per cent: mean ± deviation of the sample, over n seeds. Bold: the highest "
-             "mean, and those within one deviation of it, among the methods that learn without "
-             "labels. 1 % and 10 %: of the labels of each class, at least one image; the linear "
-             f"probe is the mean of {DRAWS} draws. Minutes are those of training alone; GB is the "
-             "peak memory of a run's main process.")
+             "mean, and those within one deviation of it, among all but untrained and supervised. "
+             "1 % and 10 %: of the labels of each class, at least one image; the linear probe is "
+             f"the mean of {DRAWS} draws. Minutes are those of training alone; GB is the peak "
+             "memory of a run's main process.")
+    if any("finetuned_1" in cell for cell in cells.values()):
+        about += (" The untrained trunk, fine-tuned, is supervised training from scratch with that "
+                  "share of the labels.")
+        if settings.get("epochs"):
+            about += f" Fine-tuned for {settings['epochs']:g} epochs."
+    if given := {method: cell["checkpoint"] for (method, _), cell in cells.items()
+                 if "checkpoint" in cell}:
+        about += (f" Given trunks: {', '.join(f'{name}, {path}' for name, path in given.items())}; "
+                  "where it is one trunk for all seeds, only fine-tuning deviates.")
     if beside > 1:
         about += f" Up to {beside} runs shared the machine, which the minutes show."
     failed = [f"{method}, seed {seed}, failed: {cell['failed']}"

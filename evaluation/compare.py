@@ -3,12 +3,14 @@
     python evaluate.py compare runs/emoji --data sets/emoji --seeds 0,1,2
     python evaluate.py compare runs/emoji --data sets/emoji --seeds 0,1,2,3         # one more
     python evaluate.py compare runs/hour --methods swav,byol --minutes 60 --jobs 2
+    python evaluate.py compare runs/emoji --data sets/emoji --finetune --trunks mine=runs/mine
 
 A cell is a method and a seed. Its run is a process, `train.py --method METHOD --seed SEED`, in
 OUT/METHOD-SEED; what it prints is in OUT/METHOD-SEED.txt. Then its frozen features are measured,
 and the cell is a line of OUT/results.jsonl (cells.py). The same command goes on where it was ended,
-and does only what is not there. The untrained trunks of the same seeds are a row too. OUT also
-holds compare.json (the settings, which all cells share), table.md and compare.png.
+and does only what is not there. Two rows need no run: the untrained trunks of the same seeds, and
+the trunks of --trunks, of any arch. OUT also holds compare.json (the settings, which all cells
+share), table.md and compare.png.
 
 All methods see as many images; or, with --minutes, each as many as it sees in that time by a short
 run before, OUT/timing-METHOD.
@@ -18,20 +20,14 @@ Shapes: N training images, M queries, C features.
 import argparse
 import contextlib
 import os
-import signal
 import statistics
-import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from data.labelled import Labelled, find_splits, open_splits
-from distributed.hardware import pick_device, processors
+from data.labelled import find_splits, open_splits
 from evaluation import finetune
 from evaluation.cells import (
     DRAWS,
@@ -52,73 +48,22 @@ from evaluation.finetune import share_of_classes
 from evaluation.knn import knn_top1
 from evaluation.linear import linear_probe
 from evaluation.metrics import per_cent
-from evaluation.task import EvalTask, choose_preprocessing, open_task
+from evaluation.runs import command, fault, measured, side_by_side, until_interrupted
+from evaluation.task import EvalTask, Extracted, choose_preprocessing, open_task
 from figures.comparison import comparison
 from figures.curves import read_log
 from methods.build import METHODS
 from weights.atomic import write_whole
-from weights.terminal import reason
 
-TRAIN = Path(__file__).parents[1] / "train.py"
-INTERRUPTED = 75            # exit status of a program that a signal has ended, as train.py's
 SHARES = {"1": 0.01, "10": 0.1}                         # per cent of the labels
-# Ctrl-C reaches the runs from here alone: a second signal would end them before they have saved
-APART = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
-TIMED = ("--steps", "15", "--log-every", "5")           # of --minutes; the log has three lines
+TIMED = {"steps": 15, "log_every": 5}                   # of --minutes; the log has three lines
 
 
 # -------------------------------------------------------------------------------------- the runs
-def command(options: argparse.Namespace, arch: str, out: Path, method: str, seed: int,
-            *length: str) -> list[str]:
-    """A run. With several side by side each has its share of the processors."""
-    data = ["--data", str(Path(options.data, "train"))] if options.data else ["--recipe", "demo"]
-    given = [*data, "--method", method, "--seed", seed, "--arch", arch, "--out", out, *length]
-    if options.device:
-        given += ["--device", options.device]
-    if options.precision != "auto":
-        given += ["--precision", options.precision]
-    if options.jobs > 1:
-        cpu = pick_device(options.device).type == "cpu"
-        given += ["--threads", share(options.jobs), "--workers", 0 if cpu else share(options.jobs)]
-    return [sys.executable, str(TRAIN), *map(str, given)]
-
-
-def share(jobs: int) -> int:
-    return max(1, processors() // jobs)
-
-
-def side_by_side(commands: dict[object, tuple[list[str], Path]],
-                 jobs: int) -> Iterator[tuple[object, int]]:
-    """Runs them, `jobs` at once: the key of each that has ended, with its exit status. When the
-    caller leaves, those at work are told to save and end, and waited for.
-
-    commands: key -> the command, and the file to which its output is added.
-    """
-    waiting, running = deque(commands.items()), {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                key, (words, log) = waiting.popleft()
-                with open(log, "a") as file:
-                    running[key] = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file,
-                                                    stderr=subprocess.STDOUT, **APART)
-            ended = [key for key, process in running.items() if process.poll() is not None]
-            for key in ended:
-                yield key, running.pop(key).returncode
-            if not ended:
-                time.sleep(0.2)
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
-
-
-def fault(log: Path, status: int) -> str:
-    """Why a run has ended: the last line of its output."""
-    lines = log.read_text(errors="replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "no output")
-    return f"exit status {status}: {last.removeprefix('train.py: ').removeprefix('error: ')}"
+def command_of(options: argparse.Namespace, arch: str, out: Path, method: str, seed: int,
+               **length: int) -> list[str]:
+    data = {"data": Path(options.data, "train")} if options.data else {"recipe": "demo"}
+    return command(options, **data, method=method, seed=seed, arch=arch, out=out, **length)
 
 
 def lengths(options: argparse.Namespace, recipe, out: Path,
@@ -128,8 +73,9 @@ def lengths(options: argparse.Namespace, recipe, out: Path,
     if not options.minutes:
         return dict.fromkeys(methods, recipe.steps * recipe.batch_size), {}
     logs = {method: out / f"timing-{method}.txt" for method in methods}
-    commands = {method: (command(options, recipe.arch, log.with_suffix(""), method, 0, *TIMED), log)
-                for method, log in logs.items() if not was_timed(log.with_suffix(""))}
+    commands = {
+        method: (command_of(options, recipe.arch, log.with_suffix(""), method, 0, **TIMED), log)
+        for method, log in logs.items() if not was_timed(log.with_suffix(""))}
     faults = {}
     with contextlib.closing(side_by_side(commands, options.jobs)) as runs:
         for method, status in runs:
@@ -144,45 +90,58 @@ def was_timed(run: Path) -> bool:
 
 
 # --------------------------------------------------------------------------------- what is measured
-def few_labels(features: Tensor, labelled: Labelled, queries: Tensor, truth: Tensor,
-               part: float) -> float:
-    """Top-1 of the linear probe (N, C), (M, C) with a part of each class' labels, at least one, and
-    ten in all: the mean of DRAWS draws, which are the same for all networks."""
-    top1, part = [], max(part, 10 / len(features))
-    for draw in range(DRAWS):
-        chosen = torch.tensor(share_of_classes(labelled.targets, part, draw))
-        predicted, _ = linear_probe(features[chosen], labelled.labels[chosen], queries)
-        top1.append(per_cent(predicted, truth))
-    return round(statistics.mean(top1), 2)
-
-
-def task_of(options: argparse.Namespace, recipe, checkpoint: Path | str, seed: int,
-            **more) -> EvalTask:
-    """A trunk, with the preprocessing of all: the size of the recipe's first crops, or --size."""
+def task_of(options: argparse.Namespace, recipe, checkpoint: Path | str, **more) -> EvalTask:
+    """A trunk, with the preprocessing of all: the size of the recipe's first crops, or --size.
+    more: options of evaluate.py in place of the given ones."""
     task = open_task(argparse.Namespace(**vars(options) | {
-        "checkpoint": str(checkpoint), "arch": recipe.arch, "seed": seed,
-        "size": options.size or recipe.crops[0].size} | more))
+        "checkpoint": str(checkpoint), "size": options.size or recipe.crops[0].size} | more))
     if not task.loaded:                                 # untrained: has no means of its own
         task.preprocessing = choose_preprocessing(recipe.as_dict(), None, task.options)
     return task
 
 
-def measure(options: argparse.Namespace, recipe, run: Path, method: str, seed: int) -> dict:
-    """The columns of a cell. run: folder of its run, where it has one."""
-    source = "random" if method == UNTRAINED else run / "trunk.pt"
-    task = task_of(options, recipe, source, seed, what="linear")
-    train, val = task.extract_splits(["avgpool"])
+def frozen(train: Extracted, val: Extracted) -> dict[str, float]:
+    """Top-1 of kNN and of the linear probe."""
     (features,), (queries,) = train.outputs, val.outputs
     labels, truth = train.labelled.labels, val.labelled.labels
     predicted, _ = linear_probe(features, labels, queries)
-    cell = {"knn": knn_top1(features, labels, queries, truth), "linear": per_cent(predicted, truth)}
+    return {"knn": knn_top1(features, labels, queries, truth), "linear": per_cent(predicted, truth)}
+
+
+def few_labels(train: Extracted, val: Extracted, part: float) -> float:
+    """Top-1 of the linear probe with a part of each class' labels, at least one, and ten in all:
+    the mean of DRAWS draws, which are the same for all networks."""
+    (features,), (queries,), labelled = train.outputs, val.outputs, train.labelled
+    top1, part = [], max(part, 10 / len(features))
+    for draw in range(DRAWS):
+        chosen = torch.tensor(share_of_classes(labelled.targets, part, draw))
+        predicted, _ = linear_probe(features[chosen], labelled.labels[chosen], queries)
+        top1.append(per_cent(predicted, val.labelled.labels))
+    return round(statistics.mean(top1), 2)
+
+
+def measure(options: argparse.Namespace, recipe, run: Path, method: str, seed: int) -> dict:
+    """The columns of a cell. run: folder of its run, where it has one, and the beginning of the
+    names of those that fine-tuning writes."""
+    given = given_trunk(options, method, seed)
+    source = given or ("random" if method == UNTRAINED else run / "trunk.pt")
+    network = {"arch": "" if given else recipe.arch, "seed": seed}
+    train, val = task_of(options, recipe, source, what="linear",
+                         **network).extract_splits(["avgpool"])
+    cell = frozen(train, val) | ({"checkpoint": given} if given else {})
     for name, part in SHARES.items():
-        cell[f"linear_{name}"] = few_labels(features, train.labelled, queries, truth, part)
-    for name, part in SHARES.items() if options.finetune else ():
-        tuned = finetune.run(task_of(options, recipe, source, seed, what="finetune",
-                                     labels=str(part), out=str(run) + f"-finetuned-{name}"))
-        cell[f"finetuned_{name}"] = tuned["top1"]
+        cell[f"linear_{name}"] = few_labels(train, val, part)
+    for name, part in (SHARES | {"100": ""}).items() if options.finetune else ():
+        task = task_of(options, recipe, source, what="finetune", labels=str(part),
+                       out=f"{run}-finetuned-{name}", **network)
+        cell[f"finetuned_{name}"] = finetune.run(task)["top1"]
     return cell
+
+
+def given_trunk(options: argparse.Namespace, method: str, seed: int) -> str:
+    """The checkpoint of a row of --trunks; "" of other rows."""
+    source = options.trunks.get(method, "").replace("{seed}", str(seed))
+    return os.path.abspath(source) if os.path.exists(source) else source
 
 
 # ------------------------------------------------------------------------------------- the protocol
@@ -207,36 +166,43 @@ def draw(out: Path, settings: dict) -> None:
 def fill(options: argparse.Namespace, recipe, out: Path, settings: dict) -> None:
     """The cells that are asked for and not there. The table is written after each."""
     cells, columns = read_cells(out), [*FROZEN, *(FINETUNED if options.finetune else ())]
-    todo = [(method, seed) for seed in options.seeds for method in (UNTRAINED, *options.methods)
+    todo = [(method, seed) for seed in options.seeds
+            for method in (UNTRAINED, *options.trunks, *options.methods)
             if not is_finished(cells.get((method, seed)), columns)]
     methods = [method for method in options.methods if method in {method for method, _ in todo}]
     images, faults = lengths(options, recipe, out, methods)
     runs = {(method, seed): out / f"{method}-{seed}" for method, seed in todo}
     commands = {(method, seed): (
-        command(options, recipe.arch, runs[method, seed], method, seed, "--images",
-                str(images[method])), Path(f"{runs[method, seed]}.txt"))
-        for method, seed in todo if method in images}
+        command_of(options, recipe.arch, runs[method, seed], method, seed, images=images[method]),
+        Path(f"{runs[method, seed]}.txt")) for method, seed in todo if method in images}
 
-    def finish(method: str, seed: int, failed: str = "") -> None:
-        cell = {"method": method, "seed": seed}
-        try:
-            cell |= {"failed": failed} if failed else measure(options, recipe, runs[method, seed],
-                                                              method, seed)
-            if not failed and method != UNTRAINED:
-                cell |= cost(runs[method, seed]) | {"jobs": options.jobs}
-        except (ValueError, OSError, RuntimeError) as error:
-            cell = {"method": method, "seed": seed, "failed": reason(error)}
-        write_cell(out, cell)
-        write_table(out, settings)
-        numbers = [f"{name} {cell[name]}" for name in (*columns, "failed") if name in cell]
-        print(f"{method}, seed {seed}:", ", ".join(numbers), file=sys.stderr, flush=True)
+    def measure_one(method: str, seed: int) -> dict:
+        cell = measure(options, recipe, runs[method, seed], method, seed)
+        if (method, seed) in commands:
+            cell |= cost(runs[method, seed]) | {"jobs": options.jobs}
+        return cell
 
-    for method, seed in todo:
-        if method not in images:
-            finish(method, seed, faults.get(method, ""))
-    with contextlib.closing(side_by_side(commands, options.jobs)) as ended:
-        for (method, seed), status in ended:
-            finish(method, seed, fault(commands[method, seed][1], status) if status else "")
+    with contextlib.closing(measured(
+            todo, commands, {key: faults.get(key[0], "") for key in todo}, measure_one,
+            options.jobs)) as found:
+        for (method, seed), cell in found:
+            write_cell(out, {"method": method, "seed": seed} | cell)
+            write_table(out, settings)
+            numbers = [f"{name} {cell[name]}" for name in (*columns, "failed") if name in cell]
+            print(f"{method}, seed {seed}:", ", ".join(numbers), file=sys.stderr, flush=True)
+
+
+def check_rows(options: argparse.Namespace, out: Path) -> None:
+    """Raises ValueError for an unknown method, and a trunk whose name another row has."""
+    if unknown := sorted({*options.methods} - METHODS.keys()):
+        raise ValueError(f"unknown method {unknown[0]!r}; there is {', '.join(METHODS)}")
+    if taken := sorted({*options.trunks} & {UNTRAINED, *METHODS}):
+        raise ValueError(f"--trunks {taken[0]}=...: {taken[0]} is another row; choose another name")
+    for (method, seed), cell in read_cells(out).items():
+        given = given_trunk(options, method, seed)
+        if given and given != cell.get("checkpoint", given):
+            raise ValueError(f"{method}, seed {seed}, was {cell['checkpoint']}, not {given}; "
+                             "choose another name")
 
 
 def run(options: argparse.Namespace, recipe) -> bool:
@@ -246,9 +212,8 @@ def run(options: argparse.Namespace, recipe) -> bool:
     whose length, trunk, size of crops and channel means are those of all. Raises ValueError for
     what cannot be compared.
     """
-    out, methods = Path(options.checkpoint), options.methods
-    if unknown := sorted({*methods} - METHODS.keys()):
-        raise ValueError(f"unknown method {unknown[0]!r}; there is {', '.join(METHODS)}")
+    out = Path(options.checkpoint)
+    check_rows(options, out)
     if options.data and not (len(find_splits(options.data)) == 2 and all(
             Path(options.data, part).is_dir() for part in ("train", "val"))):
         raise ValueError(f"compare needs {options.data}/train and {options.data}/val, each with a "
@@ -259,20 +224,9 @@ def run(options: argparse.Namespace, recipe) -> bool:
     settings = {"data": os.path.abspath(options.data) if options.data else "the demo images",
                 "arch": recipe.arch, "size": options.size or recipe.crops[0].size,
                 "crop_ratio": options.crop_ratio, "bicubic": options.bicubic,
-                "precision": options.precision, **length}
-    keep_settings(out, settings)
-    for name in ("SIGTERM", "SIGHUP"):                  # as Ctrl-C; under nohup, SIGHUP is ignored
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
-    if options.jobs > 1:
-        torch.set_num_threads(share(options.jobs))
-    try:
-        fill(options, recipe, out, settings)
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted: runs are saved, and the same command goes on",
-              file=sys.stderr)
-        sys.exit(INTERRUPTED)
+                "precision": options.precision, "epochs": options.epochs, **length}
+    keep_settings(out / "compare.json", settings)
+    until_interrupted(lambda: fill(options, recipe, out, settings), options.jobs)
     print(write_table(out, settings))
     try:
         draw(out, settings)

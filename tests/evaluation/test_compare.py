@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 import evaluate
-from evaluation import compare
+from evaluation import compare, finetune, runs
 from evaluation.cells import (
+    FINETUNED,
+    FROZEN,
     best_of,
     caption,
     keep_settings,
@@ -25,8 +27,11 @@ from evaluation.cells import (
     write_cell,
 )
 from figures.comparison import comparison
+from methods.build import build_trunk
+from recipes.config import Config
 from tests.evaluation.conftest import QUICK
 from tests.helpers import ROOT, environment
+from weights.atomic import save
 
 SETTINGS = {"data": "/sets/emoji", "arch": "regnety_100mf", "size": 64, "images": 6400,
             "minutes": 0.0}
@@ -79,15 +84,20 @@ def test_caption_says_what_was_held_equal_and_what_failed(out):
     assert "each method saw 6,400 images" in text and "Up to 2 runs shared the machine" in text
     assert text.splitlines()[-1] == "simclr, seed 3, failed: full"
     assert "trained for about 1.5 minutes" in caption(SETTINGS | {"minutes": 1.5}, cells)
+    assert "Given trunks" not in text and "from scratch" not in text
+    tuned = {("mine", 0): cell("mine", 0, 1.0, 2.0, finetuned_1=3.0, checkpoint="/runs/mine")}
+    text = caption(SETTINGS | {"epochs": 9}, cells | tuned)
+    assert "trunks: mine, /runs/mine" in text and "from scratch" in text and "for 9 epochs" in text
 
 
 def test_other_settings_are_refused(tmp_path):
-    keep_settings(tmp_path / "new", SETTINGS)
-    keep_settings(tmp_path / "new", SETTINGS)
-    with pytest.raises(ValueError, match=r"another comparison \(images was 6400, not 9\)"):
-        keep_settings(tmp_path / "new", SETTINGS | {"images": 9})
-    with pytest.raises(ValueError, match="holds files, and no comparison"):
-        keep_settings(tmp_path, SETTINGS)
+    path = tmp_path / "new" / "compare.json"
+    keep_settings(path, SETTINGS)
+    keep_settings(path, SETTINGS)
+    with pytest.raises(ValueError, match=r"other settings \(images was 6400, not 9\)"):
+        keep_settings(path, SETTINGS | {"images": 9})
+    with pytest.raises(ValueError, match="holds files, and no compare.json"):
+        keep_settings(tmp_path / "compare.json", SETTINGS)
 
 
 def options(out, **more):
@@ -104,17 +114,46 @@ def test_finished_cells_are_skipped_and_failed_ones_tried_again(out, monkeypatch
             log.write_text("step 1\ntrain.py: error: no room left\n\n")
             yield key, 2 * (key == ("simclr", 0))
 
-    monkeypatch.setattr(compare, "side_by_side", run)
+    monkeypatch.setattr(runs, "side_by_side", run)
     monkeypatch.setattr(compare, "measure", lambda *_: {"knn": 1.0, "linear": 2.0, "linear_1": 3.0,
                                                         "linear_10": 4.0})
     monkeypatch.setattr(compare, "cost", lambda run: TRAINED)
-    compare.fill(options(out, methods=["swav", "simclr"], seeds=[0, 3]), recipe, out, SETTINGS)
+    compare.fill(options(out, methods=["swav", "simclr"], seeds=[0, 3], trunks={"mine": "a.pt"}),
+                 recipe, out, SETTINGS)
     assert started == [("simclr", 0, "6400"), ("swav", 3, "6400"), ("simclr", 3, "6400")]
     cells = read_cells(out)
     assert cells["simclr", 0]["failed"] == "exit status 2: no room left"
     assert cells["simclr", 3]["linear"] == 2.0 and cells["untrained", 3]["knn"] == 1.0
+    assert cells["mine", 0]["knn"] == cells["mine", 3]["knn"] == 1.0            # without a run
     assert cells["swav", 0]["linear"] == 70.0                       # as it was
     assert "simclr, seed 0, failed: exit status 2: no room left" in (out / "table.md").read_text()
+
+
+def test_a_trunk_that_is_there_is_measured_as_the_others(tmp_path, classes, monkeypatch):
+    """Of another arch, and with its own channel means; fine-tuned thrice."""
+    run, tuned = tmp_path / "run-7", []
+    run.mkdir()
+    save(run / "trunk.pt", build_trunk("regnety_100mf").state_dict())
+    (run / "config.json").write_text(json.dumps({"config": {"mean": "0.5,0.5,0.5"}}))
+
+    def tune(task):
+        tuned.append(task)
+        return {"top1": 50.0 + len(tuned)}
+
+    monkeypatch.setattr(compare, "few_labels", lambda *_: 1.0)
+    monkeypatch.setattr(finetune, "run", tune)
+    given = options(tmp_path, data=str(classes), trunks={"mine": f"{tmp_path}/run-{{seed}}"},
+                    finetune=True)
+    cell = compare.measure(given, Config(arch="regnety_200mf"), tmp_path / "mine-7", "mine", 7)
+    assert cell["checkpoint"] == str(run) and cell["knn"] == cell["linear"] == 100.0
+    assert [cell[f"finetuned_{part}"] for part in (1, 10, 100)] == [51.0, 52.0, 53.0]
+    assert [task.options.labels for task in tuned] == ["0.01", "0.1", ""]
+    assert {task.preprocessing[::3] for task in tuned} == {(32, (0.5, 0.5, 0.5))}
+    write_cell(tmp_path, {"method": "mine", "seed": 7, **cell})
+    compare.check_rows(given, tmp_path)
+    given.trunks["mine"] = "elsewhere"
+    with pytest.raises(ValueError, match="mine, seed 7, was .*; choose another name"):
+        compare.check_rows(given, tmp_path)
 
 
 def test_minutes_and_memory_of_a_log(tmp_path):
@@ -133,18 +172,20 @@ def test_runs_go_side_by_side_and_end_with_their_caller(tmp_path):
             "print('saved', flush=True))); print('on', flush=True); time.sleep({})")
     commands = {name: ([sys.executable, "-c", code.format(seconds)], tmp_path / f"{name}.txt")
                 for name, seconds in (("a", 0), ("b", 60), ("c", 60))}
-    runs = compare.side_by_side(commands, 2)
-    assert next(runs) == ("a", 0) and not (tmp_path / "c.txt").exists()
+    ended = runs.side_by_side(commands, 2)
+    assert next(ended) == ("a", 0) and not (tmp_path / "c.txt").exists()
     deadline = time.monotonic() + 10
     while "on" not in (tmp_path / "b.txt").read_text() and time.monotonic() < deadline:
         time.sleep(0.01)
-    runs.close()
+    ended.close()
     assert (tmp_path / "b.txt").read_text() == "on\nsaved\n"
 
 
 def test_what_cannot_be_compared_gets_one_sentence(tmp_path, classes, refused):
     assert "unknown method 'foo'" in refused("compare", tmp_path / "x", "--methods=foo", *QUICK)
     assert "--seed is of knn" in refused("compare", tmp_path / "x", "--seed=1")
+    assert "swav is another row" in refused("compare", tmp_path / "x", "--trunks=swav=runs/a")
+    assert "needs NAME=CHECKPOINT" in refused("compare", tmp_path / "x", "--trunks=runs/a")
     assert "one of --steps" in refused("compare", tmp_path / "x", "--images=9", "--minutes=1")
     assert "--device foo cannot" in refused("compare", tmp_path / "x", "--device=foo")
     (classes / "train").rename(classes / "other")
@@ -163,10 +204,10 @@ def test_plot(tmp_path):
 @pytest.mark.long
 def test_a_comparison_from_end_to_end(tmp_path, shades):
     """Ended by a signal within the first run; the same command goes on; another seed is added to
-    it; other settings are refused."""
+    it, and a row of a given trunk, SwAV's first; other settings are refused."""
     out = tmp_path / "out"
     argv = [sys.executable, "evaluate.py", "compare", str(out), f"--data={shades}",
-            "--methods=swav,supervised", *QUICK]
+            "--methods=swav,supervised", "--epochs=2", *QUICK]
 
     def start(*more):
         return subprocess.Popen([*argv, *more], cwd=ROOT, env=environment(), text=True,
@@ -189,16 +230,18 @@ def test_a_comparison_from_end_to_end(tmp_path, shades):
     assert "each method saw 720 images" in text and text.rstrip() == (
         out / "table.md").read_text().rstrip()
 
-    process = start("--seeds=0,1", "--steps=30", "--finetune")
+    process = start("--seeds=0,1", "--steps=30", "--finetune", f"--trunks=mine={out}/swav-0")
     text, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     both = read_cells(out)
-    assert len(both) == 6 and all(both[key].items() >= {
+    assert len(both) == 8 and all(both[key].items() >= {
         name: value for name, value in cell.items() if name != "jobs"}.items()
         for key, cell in first.items())                     # measured again, fine-tuned, the same
     linear = [both["swav", seed]["linear"] for seed in (0, 1)]
     assert f"{statistics.mean(linear):.1f} ± {statistics.stdev(linear):.1f}" in text
-    assert "fine-tuned, 10 %" in text
+    assert "fine-tuned, 10 % | fine-tuned, all" in text and "| mine | " in text
+    assert all(both["mine", seed][name] == both["swav", 0][name] for seed, columns in (
+        (0, [*FROZEN, *FINETUNED]), (1, FROZEN)) for name in columns)
 
     process = start("--seeds=0", "--steps=31")
     _, errors = process.communicate(timeout=600)

@@ -49,7 +49,7 @@ def test_torchrun_prints_what_one_process_prints(shades, command):
     (["clusters", "{trunk}"], "holds no prototypes"),
     (["finetune", "{trunk}", "--shard"], "--shard is for finetune by torchrun, in bf16 or fp32"),
     (["linear", "{trunk}", "--sgd", "--shard"], "--shard is of finetune, not of linear"),
-    (["finetune", "{trunk}", "--steps=9"], "--steps is of detect, compare, not of finetune"),
+    (["finetune", "{trunk}", "--steps=9"], "--steps is of detect, compare, scaling, "),
     (["detect", "{trunk}", "--crop-ratio=0.5"], "--crop-ratio is of knn, linear, lowshot, "),
     (["detect", "{trunk}", "--steps=9", "--epochs=9"], "--steps or --epochs, not both"),
     (["finetune", "{trunk}", "--labels=some"], "neither a share, as 0.01, nor a list"),
