@@ -8,6 +8,7 @@
     python evaluate.py detect runs/mine --data coco/                     # or Pascal VOC's layout
     python evaluate.py features runs/mine --data photos/ --out features.npy
     python evaluate.py clusters runs/mine --data photos/ --out clusters.csv --sheet sheet.png
+    python evaluate.py clusters runs/mine --data photos/ --html gallery/    # open index.html
     python evaluate.py compare runs/compare --data flowers/ --seeds 0,1,2    # train.py's methods
 
 CHECKPOINT is a run's folder, its checkpoint.pt or trunk.pt, any other file or official name that
@@ -36,6 +37,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from data.demo import DemoImages
 from data.images import open_images
@@ -65,7 +67,7 @@ PROTOCOLS_OF = {
     "crop_ratio": "knn linear lowshot finetune classify features clusters compare",
     "bicubic": "knn linear lowshot finetune classify features clusters compare",
     "out": "linear finetune detect features clusters", "sheet": "knn clusters detect",
-    "force": "knn clusters detect", "rows": "knn clusters detect", "columns": "knn clusters",
+    "html": "clusters", "force": "knn clusters detect", "rows": "knn clusters detect", "columns": "knn clusters",
     **dict.fromkeys(("train", "val", "annotations", "boxes_only", "checkpoint_activations", "show"),
                     "detect"),
     "steps": "detect compare", "seed": " ".join(PROTOCOLS),
@@ -170,8 +172,11 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sheet", action=Text, default="", help="knn: queries with their "
                        "neighbours, right and wrong ones framed; clusters: images nearest to the "
                        "largest ones; detect: the ground truth and what was found; a PNG")
+    group.add_argument("--html", action=Text, default="", help="clusters: folder for a page to "
+                       "look at them, index.html, which a browser opens from disk; the CSV too, "
+                       "without --out")
     group.add_argument("--force", action="store_true", help="replace the files of --sheet, of "
-                       "clusters --out and of --show, where they are there")
+                       "clusters --out and --html and of --show, where they are there")
     group.add_argument("--rows", type=number_in(int, 1, 100), default=16)
     group.add_argument("--columns", type=number_in(int, 1, 100), default=10)
 
@@ -203,12 +208,20 @@ def recipe_of_swav(options: argparse.Namespace) -> Config:
 def check_files(options: argparse.Namespace) -> None:
     """Raises ValueError where a file of the user's would be replaced."""
     written = {".png": options.sheet,
-               ".csv": (options.out or "clusters.csv") if options.what == "clusters" else ""}
+               ".csv": (options.out or os.path.join(options.html, "clusters.csv"))
+               if options.what == "clusters" else ""}
     for suffix, path in written.items():
         if path and not path.endswith(suffix):
             raise ValueError(f"{path} needs a name that ends in {suffix}")
         if path:
             refuse_existing(path, options.force, [options.data])
+    if options.html:
+        if options.out:
+            raise ValueError("--html writes its CSV itself, into its folder: leave out --out")
+        refuse_existing(options.html, options.force, [options.data])
+        if options.data and Path(options.data).resolve().is_relative_to(
+                Path(options.html).resolve()):
+            raise ValueError(f"{options.html} holds the images themselves: choose another name")
 
 
 def report(task: EvalTask, result: dict) -> None:
