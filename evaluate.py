@@ -21,7 +21,8 @@ recipe.  lowshot: linear SVMs on k images a class, drawn several times.
 finetune: the whole network, on all labels or some.  classify: what that gave, or an official one.
 detect: Mask R-CNN on the trunk, trained and measured; a trained one is measured, or with --show
 draws what it finds.
-features: of every image, to a memory-mapped file.  clusters: each image's nearest prototype.
+features: of every image, to a memory-mapped file.  clusters: each image's nearest prototype; --html
+makes a page to look at them.
 compare: the methods of train.py, trained with several seeds each and measured. CHECKPOINT is a new
 folder for all that, and a table comes in place of the JSON object (docs/methods.md).
 

@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
+from torchvision.transforms import functional as TF
 
 import evaluation.gallery
 from data.demo import DemoImages
@@ -57,7 +59,11 @@ def test_a_gallery_of_a_runs_clusters(classes, tmp_path, command, refused, monke
     photos, out = classes / "train", tmp_path / "gallery"
     (photos / "blue" / "broken.png").write_bytes(b"no")
     options = ["clusters", tmp_path / "model.pt", f"--data={photos}", *QUICK]
-    result = command(*options, f"--html={out}")
+    out.mkdir()
+    (out / "index.html").write_text("mine")
+    assert "is there already" in refused(*options, f"--html={out}")
+    assert (out / "index.html").read_text() == "mine"
+    result = command(*options, f"--html={out}", "--force")
     rows = {row["name"]: row for row in csv.DictReader(open(out / "clusters.csv"))}
     assert result["out"] == str(out / "clusters.csv") and len(rows) == result["pictures"] == 24
     data = json.loads(re.search(r'id="data">(.*)</script', (out / "index.html").read_text())[1])
@@ -67,19 +73,17 @@ def test_a_gallery_of_a_runs_clusters(classes, tmp_path, command, refused, monke
     names = [images.name(i) for i in range(25)]
     trunk, *_ = load_trunk(str(tmp_path / "model.pt"))
     (features,), _ = extract(trunk, CenterCrops(images, 32))
-    unit = F.normalize(features, dim=1)
+    unit, sheet = F.normalize(features, dim=1), Image.open(out / "thumbs" / "0.jpg")
     for i, name in enumerate(data["names"]):
+        column, row = 96 * (i % 8), 96 * (i // 8)
+        tile = TF.pil_to_tensor(sheet.crop((column, row, column + 96, row + 96))).float()
+        assert (tile - CenterCrops(images, 96)[names.index(name)][0]).abs().mean() < 3
         assert data["cluster"][i] == int(rows[name]["prototype"])
         assert data["confidence"][i] == pytest.approx(float(rows[name]["confidence"]), abs=6e-4)
         assert data["classes"][data["labels"][i]] == name.split("/")[0]
         cosines = [float(unit[names.index(name)] @ unit[names.index(data["names"][j])])
                    for j in data["near"][i]]
         assert data["similarity"][i] == pytest.approx(cosines, abs=2e-3) and len(cosines) == 12
-    (out / "index.html").write_text("mine")
-    assert "is there already" in refused(*options, f"--html={out}")
-    assert (out / "index.html").read_text() == "mine"
-    command(*options, f"--html={out}", "--force")
-    assert (out / "index.html").read_text() != "mine"
     for other, words in ((["--out=c.csv", f"--html={out}2"], "leave out --out"),
                          ([f"--html={photos}/red", "--force"], "lies in it"),
                          ([f"--html={classes}", "--force"], "holds the images themselves")):
