@@ -8,6 +8,7 @@
     python evaluate.py detect runs/mine --data coco/                     # or Pascal VOC's layout
     python evaluate.py features runs/mine --data photos/ --out features.npy
     python evaluate.py clusters runs/mine --data photos/ --out clusters.csv --sheet sheet.png
+    python evaluate.py clusters runs/mine --data photos/ --html gallery/    # open index.html
     python evaluate.py retrieve runs/mine --data photos/ --attack   # or CopyDays, Oxford
     python evaluate.py duplicates runs/mine --data photos/ --out duplicates.csv
     python evaluate.py compare runs/compare --data flowers/ --seeds 0,1,2    # train.py's methods
@@ -23,7 +24,8 @@ recipe.  lowshot: linear SVMs on k images a class, drawn several times.
 finetune: the whole network, on all labels or some.  classify: what that gave, or an official one.
 detect: Mask R-CNN on the trunk, trained and measured; a trained one is measured, or with --show
 draws what it finds.
-features: of every image, to a memory-mapped file.  clusters: each image's nearest prototype.
+features: of every image, to a memory-mapped file.  clusters: each image's nearest prototype; --html
+makes a page to look at them.
 retrieve: images found by their features, of published benchmarks or, attacked, of one's own.
 duplicates: groups of images that are nearly the same, and a list of those to keep.
 compare: the methods of train.py, trained with several seeds each and measured (docs/methods.md).
@@ -111,12 +113,20 @@ def check_files(options: argparse.Namespace) -> None:
     """Raises ValueError where a file of the user's would be replaced."""
     tables = ("clusters", "duplicates")
     written = {".png": options.sheet,
-               ".csv": (options.out or f"{options.what}.csv") if options.what in tables else ""}
+               ".csv": (options.out or os.path.join(options.html, f"{options.what}.csv"))
+               if options.what in tables else ""}
     for suffix, path in written.items():
         if path and not path.endswith(suffix):
             raise ValueError(f"{path} needs a name that ends in {suffix}")
         if path:
             refuse_existing(path, options.force, [options.data])
+    if options.html:
+        if options.out:
+            raise ValueError("--html writes its CSV itself, into its folder: leave out --out")
+        refuse_existing(options.html, options.force, [options.data])
+        if options.data and Path(options.data).resolve().is_relative_to(
+                Path(options.html).resolve()):
+            raise ValueError(f"{options.html} holds the images themselves: choose another name")
     if options.what == "duplicates":
         refuse_existing(duplicates.keep_file(Path(written[".csv"])), options.force, [options.data])
 

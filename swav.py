@@ -88,8 +88,11 @@ class SwAV(nn.Module):
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """crops, one (count * B, 3, s, s) per size -> embeddings (V*B, D), scores (V*B, K)."""
-        features = torch.cat([self.trunk(images) for images in crops])   # (V*B, C)
         # all sizes go through the head together, so a head's BatchNorm sees every crop
+        return self.project(torch.cat([self.trunk(images) for images in crops]))
+
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The trunk's features (V*B, C) -> embeddings (V*B, D), scores (V*B, K)."""
         projected = self.head(features)                                  # (V*B, D)
         with torch.autocast(projected.device.type, enabled=False):
             wide = torch.promote_types(projected.dtype, torch.float32)

@@ -34,7 +34,7 @@ PROTOCOLS_OF = {
     "crop_ratio": _CUT, "bicubic": _CUT,
     "out": "linear finetune detect features clusters duplicates",
     "sheet": _LOOKING, "force": _LOOKING, "rows": _LOOKING,
-    "columns": "knn clusters retrieve duplicates", "pool": "retrieve duplicates",
+    "columns": "knn clusters retrieve duplicates", "html": "clusters", "pool": "retrieve duplicates",
     "components": "retrieve duplicates", "threshold": "duplicates", "faiss": "duplicates",
     **dict.fromkeys(("attack", "queries", "whiten", "distractors"), "retrieve"),
     **dict.fromkeys(("train", "val", "annotations", "boxes_only", "checkpoint_activations", "show"),
@@ -150,8 +150,11 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
                        "neighbours, right and wrong ones framed; clusters: images nearest to the "
                        "largest ones; detect: the ground truth and what was found; retrieve: "
                        "what was not found; duplicates: groups; a PNG")
+    group.add_argument("--html", action=Text, default="", help="clusters: folder for a page to "
+                       "look at them, index.html, which a browser opens from disk; the CSV too, "
+                       "without --out")
     group.add_argument("--force", action="store_true", help="replace the files of --sheet, of "
-                       "--out and of --show, where they are there")
+                       "--out, of --html and of --show, where they are there")
     group.add_argument("--rows", type=number_in(int, 1, 100), default=16)
     group.add_argument("--columns", type=number_in(int, 1, 100), default=10)
 

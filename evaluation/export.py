@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from torch.utils.data import Subset
 
 from distributed.ranks import barrier, is_main, my_share
 from evaluation.features import CenterCrops, extract, in_batches
+from evaluation.gallery import counted, open_gallery
 from evaluation.task import EvalTask
 from figures.sheets import Row, Tile, prototype_name, sheet
 from swav import SwAV
@@ -83,16 +85,20 @@ def check_own(out: Path, notes: Path, about: dict) -> None:
 
 class NearestPrototype(nn.Module):
     """images -> of each its nearest prototype, the cosine, and the confidence (B,): its share in
-    softmax(cosines / temperature). Sinkhorn has no part in it: that divides up a batch."""
+    softmax(cosines / temperature). Sinkhorn has no part in it: that divides up a batch.
 
-    def __init__(self, model: SwAV, temperature: float):
+    features: give the trunk's features too (B, C)."""
+
+    def __init__(self, model: SwAV, temperature: float, features: bool = False):
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.features = model, temperature, features
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        _, cosines = self.model([images])                                # (B, K)
+        features = self.model.trunk(images)                              # (B, C)
+        _, cosines = self.model.project(features)                        # (B, K)
         cosine, prototype = cosines.max(1)
-        return [prototype.float(), cosine, (cosines / self.temperature).softmax(1).amax(1)]
+        confidence = (cosines / self.temperature).softmax(1).amax(1)
+        return [prototype.float(), cosine, confidence, *[features] * self.features]
 
 
 class Cluster(NamedTuple):
@@ -104,12 +110,15 @@ class Cluster(NamedTuple):
 
 
 def clusters(model: SwAV, crops: CenterCrops, out: Path, temperature: float = 0.1, rows: int = 16,
-             columns: int = 10, **options) -> tuple[dict, list[Cluster]]:
+             columns: int = 10, gallery: Callable[..., None] | None = None,
+             **options) -> tuple[dict, list[Cluster]]:
     """A CSV of name, prototype and confidence; and, of the `rows` prototypes that most images are
-    nearest to, the `columns` nearest of these images. options: of features.extract."""
-    (prototype, cosine, confidence), ok = extract(NearestPrototype(model, temperature), crops,
-                                                  desc="clusters", **options)
-    prototype, images, count = prototype.long(), crops.images, model.prototypes.out_features
+    nearest to, the `columns` nearest of these images. gallery: gets NearestPrototype's outputs with
+    the features, which images could be read, and the result.  options: of features.extract."""
+    network = NearestPrototype(model, temperature, gallery is not None)
+    outputs, ok = extract(network, crops, desc="clusters", **options)
+    prototype, cosine, confidence = outputs[0].long(), *outputs[1:3]
+    images, count = crops.images, model.prototypes.out_features
     if is_main():
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out, "w", newline="", errors="surrogateescape") as file:
@@ -123,9 +132,12 @@ def clusters(model: SwAV, crops: CenterCrops, out: Path, temperature: float = 0.
     nearest = [order[prototype[order] == k][:columns] for k in largest]
     found = [Cluster(k, int(members[k]), indices.tolist(), cosine[indices].tolist())
              for k, indices in zip(largest.tolist(), nearest)]
-    return {"out": str(out), "pictures": int(ok.sum()), "left_out": int((~ok).sum()),
-            "prototypes": count, "used": int((members > 0).sum()),
-            "confidence": round(confidence[ok].mean().item(), 4)}, found
+    result = {"out": str(out), "pictures": int(ok.sum()), "left_out": int((~ok).sum()),
+              "prototypes": count, "used": int((members > 0).sum()),
+              "confidence": round(confidence[ok].mean().item(), 4)}
+    if gallery and is_main():
+        gallery(outputs, ok, result)
+    return result, found
 
 
 def run_features(task: EvalTask) -> dict:
@@ -145,8 +157,9 @@ def run_clusters(task: EvalTask) -> dict:
     options, images = task.options, task.images()
     result, largest = clusters(
         swav_of(task), task.preprocessing.center_crops(images),
-        Path(options.out or "clusters.csv"), task.config.get("temperature", 0.1), options.rows,
-        options.columns, **task.extract_options())
+        Path(options.out or Path(options.html, "clusters.csv")),
+        task.config.get("temperature", 0.1), options.rows, options.columns,
+        open_gallery(task, images) if options.html else None, **task.extract_options())
     if options.sheet and is_main():
         sheet(options.sheet, caption(result, len(largest)), [
             Row(prototype_name(cluster.prototype, cluster.count),
@@ -157,8 +170,7 @@ def run_clusters(task: EvalTask) -> dict:
 
 def caption(result: dict, shown: int) -> str:
     """Of the sheet of clusters."""
-    return (f"Clusters: {result['pictures']:,} images by their nearest of {result['prototypes']:,} "
-            f"prototypes; {result['used']:,} prototypes have images.\nA row each for the {shown:,} "
+    return (f"Clusters: {counted(result)}\nA row each for the {shown:,} "
             "with most images: the prototype's number, how many images it is the nearest prototype "
             "of, and the nearest of these, with their cosine similarity to it.")
 

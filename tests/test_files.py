@@ -27,6 +27,7 @@ WRITTEN = [                             # the file, and the command that would w
     *((f"f{suffix}", FEATURES) for suffix in (".npy", ".ok.npy", ".txt", ".json")),
     *((name, FINETUNE) for name in ("checkpoint.pt", "best.pt", "last.pt", "config.json")),
     ("clusters.csv", [*CLUSTERS, "--out={out}/clusters.csv"]),
+    ("gallery", [*CLUSTERS, "--html={out}/gallery"]),
     ("clusters.png", [*CLUSTERS, "--out={out}/new.csv", "--sheet={out}/clusters.png"]),
     ("knn.png", KNN),
     *((name, [weights.__main__.main, "{model}", "--to", what, f"{{out}}/{name}"])
