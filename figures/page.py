@@ -36,7 +36,7 @@ class Code(NamedTuple):
     @property
     def name(self) -> str:
         """File and name, as in sinkhorn.py: sinkhorn."""
-        path = Path(inspect.getsourcefile(self.thing)).resolve()
+        path = Path(inspect.getsourcefile(inspect.unwrap(self.thing))).resolve()
         root = Path(__file__).resolve().parents[1]
         shown = path.relative_to(root) if path.is_relative_to(root) else path.name
         return f"{shown}: {self.thing.__qualname__}"

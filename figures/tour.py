@@ -73,7 +73,7 @@ class Story:
 def scores(album: Album, run: Story) -> Section:
     cosines = run.scores()
     picture = album.picture(
-        "scores", "A table of cosines, in which a few columns are larger than all others.", 4.6,
+        "scores", "A table of cosines; above it, how often each prototype is the nearest one.", 4.6,
         draw.scores, cosines)
     members = torch.bincount(cosines.argmax(1), minlength=cosines.shape[1]).sort(descending=True)[0]
     text = f"""<p>The trunk and a small head, the <em>projection head</em>, map each crop to an
@@ -109,8 +109,8 @@ exp(score / ε), with each row and each column multiplied by a number:</p>
 image's column, and repeats. An image's column, scaled to sum 1, is its <em>code</em> <i>q</i>. SwAV
 makes 3 iterations, SEER 10.</p>"""
     below = f"""<p>The scores of section 4, at ε = {run.epsilon:g}. Above: each prototype's share
-of the images, times K; the dashed line at 1 is an equal share. As in the code, a row is an image
-and a column a prototype.</p>"""
+of the images, times K, and the largest; the dashed line at 1 is an equal share. Below: the codes,
+darker for more. As in the project's code, a row is an image and a column a prototype.</p>"""
     return Section("Sinkhorn-Knopp: equal shares, step by step", text, picture,
                    [Code(_log_domain, "logits =", "codes =")], below)
 
@@ -147,17 +147,18 @@ cross-entropy of <i>q</i> and <i>p</i>. For the code of crop <i>s</i>, predicted
 <p class="equation">ℓ(z<sub>t</sub>, q<sub>s</sub>) = −Σ<sub>k</sub> q<sub>s</sub><sup>(k)</sup>
 log p<sub>t</sub><sup>(k)</sup>, &ensp; p<sub>t</sub><sup>(k)</sup> ∝ exp(z<sub>t</sub><sup>⊤</sup
 >c<sub>k</sub> / τ) <small>(2)</small></p>
+<p>∝ means in proportion: over <i>k</i> the <i>p</i> sum to 1.</p>
 <p>It is <em>swapped</em>: each of the two crops predicts the code of the other.</p>
 <p class="equation">L(z<sub>t</sub>, z<sub>s</sub>) = ℓ(z<sub>t</sub>, q<sub>s</sub>) +
 ℓ(z<sub>s</sub>, q<sub>t</sub>) <small>(1)</small></p>
 <p>With multi-crop the two large crops get codes, and every other crop predicts them (equation
 6). No gradient goes through the codes.</p>
 <p>A network that knows nothing predicts 1/<i>K</i> for each prototype. Then ℓ = ln <i>K</i>,
-whatever the code is: here {ln_k:.2f}. So the loss begins near ln <i>K</i>, and in a collapse it
-stays there.</p>"""
+whatever the code is: here {ln_k:.2f}. So the loss begins near ln <i>K</i> (above it, where
+predictions are sure and wrong), and in a collapse it stays there.</p>"""
     return Section("The swapped loss, and its ln K", text, picture, [Code(swav_loss, "log_p ="),
                                                                      Code(SwAV.targets)],
-                   "<p>The same two crops at each moment.</p>")
+                   "<p>Two crops of one image at each moment; the loss is of its whole batch.</p>")
 
 
 @torch.no_grad()
@@ -171,8 +172,9 @@ def queue(album: Album, run: Story, size: int = 8) -> Section:
     for number in range(1, 7):
         kept.push(torch.full((1, size, 1), float(number)))
         rows.append(kept.embeddings[0, :, 0])
-    embeddings, cosines = run.outputs[-1]
-    lengths = [0, *(2 ** n * size for n in range(2, 10) if 2 ** n * size < len(cosines))]
+    order = torch.randperm(len(run.images), generator=torch.Generator().manual_seed(0))
+    embeddings = run.outputs[-1][0][order]
+    lengths = [0, *(2 ** n * size for n in range(2, 10) if 2 ** n * size < len(order))]
     agreement = {length: overlap(embeddings, run.moments[-1].model, length, size)
                  for length in lengths}
     picture = album.picture(
@@ -185,7 +187,7 @@ assignment, and their codes are thrown away. With batches of 256 SwAV keeps 3,84
 <p>The queue is a little out of date, for the network has changed since. So it is not used in the
 first epochs, when the network changes quickly.</p>"""
     below = f"""<p>Left: a colour for each batch. Right: codes of batches of {size}, beside those
-that the same images get in one batch of {len(cosines):,}. The overlap is the sum over prototypes
+that the same images get in one batch of {len(order):,}. The overlap is the sum over prototypes
 of the smaller of the two; it is 1 where they are the same. The network does not change here.</p>"""
     return Section("The queue: codes for small batches", text, picture,
                    [Code(Queue.push), Code(swav_codes)], below)
@@ -229,7 +231,8 @@ def moments(album: Album, run: Story) -> Section:
     titles = [f"step {moment.step:,}" for moment in run.moments]
     images = read_images(run.source, len(run.images), side=64)
     picture = album.picture(
-        "prototypes", "For each of six prototypes, the nearest images at each moment.", 4.4,
+        "prototypes", "For each of six prototypes, the nearest images at each moment.",
+        min(8 / len(titles), 4) + 0.4,
         draw.moments, images, dict(zip(titles, found)), list(map(str, chosen)))
     text = f"""<p>Six prototypes, and the images nearest to each, of {len(images):,}. The rows
 are the same prototypes at each moment. At first a prototype is a random direction, and its

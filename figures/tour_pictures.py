@@ -62,7 +62,8 @@ def line(figure, networks: Mapping[str, RegNetParams]) -> None:
             last = i > 0 and stage.depth < 3            # its label would not fit to the right
             axis.text(start + (stage.depth - 0.5 if last else -0.5), stage.width,
                       f"{stage.depth} × {stage.width}", ha="right" if last else "left",
-                      va="bottom", color=f"C{i}", weight="bold", fontsize=9.5, zorder=4)
+                      va="bottom", color=f"C{i}", weight="bold", fontsize=9.5, zorder=4,
+                      bbox=dict(facecolor=axis.get_facecolor(), edgecolor="none", pad=0.6))
             start += stage.depth
         axis.plot([u for u, _, _ in blocks], "-", color=MUTED, linewidth=1)
         axis.plot([u for u, _, _ in blocks], "o", color=MUTED, markersize=3.5)
@@ -139,8 +140,8 @@ def crops(figure, image: Tensor, specs: Sequence[CropSpec], cut: Sequence[Tensor
 
 
 def plan(axis, codes: Tensor, title: str) -> None:
-    """codes (B, K), as shades; rows are images, columns prototypes."""
-    axis.imshow(codes.numpy(), aspect="auto", cmap=shades(), vmin=0, vmax=1,
+    """codes (B, K), as shades by their square roots; rows are images, columns prototypes."""
+    axis.imshow(codes.sqrt().numpy(), aspect="auto", cmap=shades(), vmin=0, vmax=1,
                 interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=9.5, loc="center", pad=4)
@@ -206,7 +207,7 @@ def swapped(figure, told: Sequence[tuple[str, Tensor, Tensor]], most: int = 24) 
                   label="p: predicted from another crop")
         axis.axhline(1 / len(code), color=MUTED, linewidth=1, linestyle="--", label="1/K")
         axis.set(title=title, xticks=[], xlim=(-0.8, len(chosen) - 0.2))
-    axes[0].legend(loc="upper right", fontsize=9, bbox_to_anchor=(1, 1.35), ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     axes[-1].set_xlabel("prototypes")
 
 
@@ -223,7 +224,7 @@ def queue(figure, kept: Tensor, agreement: Mapping[int, float], batch: int) -> N
     right.plot(range(len(agreement)), agreement.values(), "o-", color="C0")
     right.set_xticks(range(len(agreement)), [f"{length:,}" for length in agreement])
     right.set(title="Codes as in one large batch", xlabel="length of the queue",
-              ylabel="overlap of the codes", ylim=(0, 1.02))
+              ylabel="overlap of the codes", ylim=(None, 1.005))
 
 
 def curves(figure, curve: Curve, moments: Sequence[int]) -> None:
@@ -235,7 +236,7 @@ def curves(figure, curve: Curve, moments: Sequence[int]) -> None:
                    xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points")
     above.set(ylabel="loss / ln K", title=curve.name)
     below.plot(*curve.used, color="C2")
-    below.set(ylabel="in use", ylim=(0, 1.05), xlabel="step", title="Share of the prototypes")
+    below.set(ylabel="share", ylim=(0, 1.05), xlabel="step", title="Prototypes in use")
     for axis in (above, below):
         for step in moments:
             axis.axvline(step, color="C1", linewidth=1, alpha=0.8)

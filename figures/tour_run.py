@@ -31,8 +31,8 @@ from swav import SwAV
 from weights.atomic import load, save
 
 # recipe demo's, but for a smaller network, batch and crops: it takes a minute
-CONFIG = {"arch": "regnety_100mf", "batch_size": 64, "steps": 160,
-          "crops": "2x32@0.25-1+4x20@0.08-0.25", "strength": 0.2, "gray": 0.0, "blur": "0",
+CONFIG = {"arch": "regnety_100mf", "batch_size": 64, "steps": 200,
+          "crops": "2x40@0.25-1+2x20@0.1-0.3", "strength": 0.2, "gray": 0.0, "blur": "0",
           "mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225", "head": "256-64",
           "head_bn": True, "prototypes": 24, "epsilon": 0.03, "sinkhorn_iterations": 3,
           "temperature": 0.1, "lr": 4.8, "warmup": 0.08, "momentum": 0.9, "weight_decay": 1e-6,
@@ -61,7 +61,7 @@ def learn(folder: Path, config: dict = CONFIG) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"config": config}))
     torch.manual_seed(config["seed"])
-    model, steps = build(config), config["steps"]
+    model, steps = build(config).to(memory_format=torch.channels_last), config["steps"]
     optimizer = LARC(model.parameters(), config["lr"], config["momentum"], config["weight_decay"])
     images = source(config)
     with open(folder / "log.jsonl", "w", buffering=1) as log:

@@ -34,7 +34,7 @@ from larc import LARC
 from multicrop import MultiCrop, decode, parse_crops
 from regnet import ARCHS, complexity
 from sinkhorn import sinkhorn
-from swav import swav_loss
+from swav import Queue, swav_loss
 from tests.helpers import ROOT
 from training.run import Run
 
@@ -73,6 +73,7 @@ def test_code_is_the_files_without_its_docstring():
     assert code.name == "swav.py: swav_loss"
     assert all(f"    {row}" in (ROOT / "swav.py").read_text() for row in code.text().splitlines())
     assert code.text().startswith("scores = scores.to(") and code.text().endswith("loss = 0.0")
+    assert Code(Queue.push).name == "swav.py: Queue.push"           # decorated
     whole = Code(sinkhorn).text()
     assert whole.startswith("@torch.no_grad()\ndef sinkhorn(") and '"""' not in whole
 
@@ -94,7 +95,7 @@ def test_highlighting_changes_no_letter():
 
 def test_all_code_of_the_sections_is_on_the_page(run):
     album, story = Blank(), Story(run, count=32)
-    sections = [line(album), space(album, count=2, clocked=2, resolution=32), crops(album)]
+    sections = [line(album), space(album, count=1, clocked=1, resolution=32), crops(album)]
     sections += [part(album, story) for part in (scores, plan, epsilon, swapped, progress, moments)]
     sections.append(queue(album, story, size=2))
     plain = on_page(sections, page("Title", "<p>Intro</p>", sections))
