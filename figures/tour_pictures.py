@@ -152,7 +152,8 @@ def scores(figure, cosines: Tensor) -> None:
     """cosines (B, K), and of how many images each prototype is the nearest."""
     count = cosines.shape[1]
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.6))
-    above.bar(range(count), torch.bincount(cosines.argmax(1), minlength=count), color="C1")
+    members = torch.bincount(cosines.argmax(1), minlength=count)
+    above.bar(range(count), members.tolist(), color="C1")
     above.set(ylabel="images", title="Of how many images is it the nearest prototype?")
     drawn = below.imshow(cosines.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
     below.set(xlabel=f"prototypes, K = {count}", ylabel=f"images, B = {len(cosines)}", xticks=[],
@@ -167,7 +168,7 @@ def iterations(figure, cosines: Tensor, epsilon: float,
     for above, below, n in zip(*axes, counts):
         codes = sinkhorn(cosines, epsilon, n) if n else (cosines / epsilon).softmax(1)
         shares = codes.mean(0) * codes.shape[1]             # 1: an equal share
-        above.bar(range(len(shares)), shares, width=1, color="C1")
+        above.bar(range(len(shares)), shares.tolist(), width=1, color="C1")
         above.axhline(1, color=MUTED, linewidth=1, linestyle="--")
         above.set(xticks=[], xlim=(-0.5, len(shares) - 0.5))
         above.set_title(f"largest {shares.max():.2f}", fontsize=9.5, loc="center", pad=4)
@@ -201,7 +202,7 @@ def swapped(figure, told: Sequence[tuple[str, Tensor, Tensor]], most: int = 24) 
     for axis, (title, code, prediction) in zip(axes, told):
         chosen = (code + prediction).topk(min(most, len(code))).indices.sort().values
         places = range(len(chosen))
-        axis.bar(places, code[chosen], width=0.85, color="C0", alpha=0.55,
+        axis.bar(places, code[chosen].tolist(), width=0.85, color="C0", alpha=0.55,
                  label="q: code of crop 1")
         axis.plot(places, prediction[chosen], "o", color="C1", markersize=4.5,
                   label="p: predicted from another crop")
