@@ -198,7 +198,7 @@ def overlap(embeddings: torch.Tensor, model: SwAV, length: int, size: int) -> fl
     prototypes, found = model.prototypes.weight.detach(), []
     options = dict(num_crops=1, assign=(0,), epsilon=model.partition["epsilon"], iterations=10)
     joint = swav_codes(embeddings @ prototypes.t(), **options)[0]        # (N, K)
-    for start in range(0, min(16 * size, len(embeddings) - length), size):
+    for start in range(0, len(embeddings), size):
         rest = embeddings.roll(-start - size, 0)[:length]
         kept = Queue(length, embeddings.shape[1], crops=1)
         kept.push(rest[None])
@@ -238,7 +238,8 @@ def moments(album: Album, run: Story) -> Section:
 are the same prototypes at each moment. At first a prototype is a random direction, and its
 images have little in common, or their colours alone. In the end the images of a row are alike in
 what they show, if the run has learned it: that is what the crops of an image share. No label
-told it.</p>"""
+told it. The tour's own run is short, and some rows still mix kinds; <code>--run</code> tells of
+a longer one.</p>"""
     return Section("Its prototypes at three moments", text, picture, [Code(nearest)],
                    "<p>The six prototypes that are nearest to most images in the end.</p>")
 

@@ -63,7 +63,8 @@ def line(figure, networks: Mapping[str, RegNetParams]) -> None:
             axis.text(start + (stage.depth - 0.5 if last else -0.5), stage.width,
                       f"{stage.depth} × {stage.width}", ha="right" if last else "left",
                       va="bottom", color=f"C{i}", weight="bold", fontsize=9.5, zorder=4,
-                      bbox=dict(facecolor=axis.get_facecolor(), edgecolor="none", pad=0.6))
+                      bbox=dict(facecolor=axis.get_facecolor(), edgecolor="none", pad=0.6,
+                                alpha=0.65))
             start += stage.depth
         axis.plot([u for u, _, _ in blocks], "-", color=MUTED, linewidth=1)
         axis.plot([u for u, _, _ in blocks], "o", color=MUTED, markersize=3.5)
