@@ -49,6 +49,11 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def story(run):
+    return Story(run, count=32)
+
+
 class Blank(Album):
     """Draws nothing."""
 
@@ -93,9 +98,9 @@ def test_highlighting_changes_no_letter():
         assert f'<span class="{kind}">{token}</span>' in marked
 
 
-def test_all_code_of_the_sections_is_on_the_page(run):
-    album, story = Blank(), Story(run, count=32)
-    sections = [line(album), space(album, count=1, clocked=1, resolution=32), crops(album)]
+def test_all_code_of_the_sections_is_on_the_page(story):
+    album = Blank()
+    sections = [line(album), space(album, count=4, clocked=2, resolution=32), crops(album)]
     sections += [part(album, story) for part in (scores, plan, epsilon, swapped, progress, moments)]
     sections.append(queue(album, story, size=2))
     plain = on_page(sections, page("Title", "<p>Intro</p>", sections))
@@ -239,5 +244,4 @@ def test_the_whole_page(tmp_path):
     pictures = sorted(path.parent.glob("*.png"))
     assert parser.open == [] and parser.images == 10 and len(pictures) == 20
     assert "url(" not in text and "@import" not in text
-    again = tour(tmp_path / "again", tmp_path / "tour/run")
-    assert again.exists() and not (again.parent / "run").exists()
+    assert "nan" not in re.sub("base64,[^\"]*", "", text)
