@@ -109,8 +109,9 @@ exp(score / ε), with each row and each column multiplied by a number:</p>
 image's column, and repeats. An image's column, scaled to sum 1, is its <em>code</em> <i>q</i>. SwAV
 makes 3 iterations, SEER 10.</p>"""
     below = f"""<p>The scores of section 4, at ε = {run.epsilon:g}. Above: each prototype's share
-of the images, times K, and the largest; the dashed line at 1 is an equal share. Below: the codes,
-darker for more. As in the project's code, a row is an image and a column a prototype.</p>"""
+of the images, times K, and the largest; the dashed line at 1 is an equal share. Below: the
+codes, in shades by their square roots. As in the project's code, a row is an image and a column
+a prototype.</p>"""
     return Section("Sinkhorn-Knopp: equal shares, step by step", text, picture,
                    [Code(_log_domain, "logits =", "codes =")], below)
 

@@ -120,18 +120,18 @@ def normalisation(config: dict) -> Photometric:
 def read_moments(folder: Path) -> list[Moment]:
     """The first, the middle and the last of the checkpoints in a run's folder; fewer, where it has
     fewer. Raises ValueError for a folder that is not a run's."""
-    try:
-        config = json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} is not the folder of a run: {error}") from None
     kept = sorted(folder.glob("checkpoint-*.pt"))
     paths = [*dict.fromkeys(kept[:1] + kept[len(kept) // 2:][:1]), folder / "checkpoint.pt"]
     moments = []
-    for path in paths:
-        state, model = load(path), build(config)
-        model.load_state_dict(state["model"])
-        step = state.get("step", int(path.stem.rpartition("-")[2]) if path in kept else 0)
-        moments.append(Moment(step, model.eval(), config))
+    try:
+        config = json.loads((folder / "config.json").read_text())["config"]
+        for path in paths:
+            model, state = build(config), load(path)
+            model.load_state_dict(state["model"])
+            step = state.get("step", int(path.stem.rpartition("-")[2]) if path in kept else 0)
+            moments.append(Moment(step, model.eval(), config))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is not the folder of a run: {error}") from None
     return moments
 
 

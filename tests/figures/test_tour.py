@@ -187,14 +187,14 @@ def test_a_run_has_three_moments(run):
 def test_what_is_no_run_of_swav_is_refused(tmp_path, capsys):
     (tmp_path / "byol").mkdir()
     (tmp_path / "byol/config.json").write_text(json.dumps({"config": TINY | {"method": "byol"}}))
-    (tmp_path / "byol/checkpoint.pt").write_text("")
-    for name, words in (("none", "not the folder of a run"), ("byol", "checkpoint.pt is damaged")):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text('{"config": {}}')
+    for name, words in (("none", "not the folder of a run"), ("byol", "of SwAV, and the run is"),
+                        ("empty", "not the folder of a run")):
         with pytest.raises(SystemExit):
             main(["--run", str(tmp_path / name), "--out", str(tmp_path / "out")])
         error = capsys.readouterr().err
         assert words in error and len(error.splitlines()) == 1
-    with pytest.raises(ValueError, match="of SwAV, and the run is of byol"):
-        build(TINY | {"method": "byol"})
     assert not (tmp_path / "out").exists()
 
 
