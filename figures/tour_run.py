@@ -32,7 +32,7 @@ from weights.atomic import load, save
 
 # recipe demo's, but for smaller crops and batches and half of the kinds: it takes a minute
 CONFIG = {"arch": "regnety_100mf", "batch_size": 64, "steps": 160,
-          "crops": "2x32@0.25-1+4x20@0.08-0.25", "strength": 0.2, "gray": 0.0, "blur": "0",
+          "crops": "2x40@0.25-1+2x20@0.1-0.3", "strength": 0.2, "gray": 0.0, "blur": "0",
           "mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225", "head": "256-64",
           "head_bn": True, "prototypes": 24, "epsilon": 0.03, "sinkhorn_iterations": 3,
           "temperature": 0.1, "lr": 4.8, "warmup": 0.08, "momentum": 0.9, "weight_decay": 1e-6,
