@@ -12,8 +12,9 @@ METHOD = ["regnet", "sinkhorn", "swav", "multicrop", "larc"]
 ARROWS = {
     **{name: {"sinkhorn"} if name == "swav" else set() for name in METHOD},
     "weights": {*METHOD},                   # works when it is copied alone: all others may use it
-    **{name: {*METHOD, "weights"} for name in ("data", "figures", "distributed")},
+    **{name: {*METHOD, "weights"} for name in ("data", "distributed")},
 }
+ARROWS["figures"] = {*METHOD, "weights", "data"}            # the tour shows the built-in images
 ARROWS["methods"] = {*ARROWS}
 ARROWS["recipes"] = ARROWS["evaluation"] = {*ARROWS}
 ARROWS["training"] = {*ARROWS}
