@@ -243,6 +243,7 @@ def test_the_baseline_is_the_same_method():
         torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.long
 def test_the_baseline_is_the_same_network():
     for arch in ("regnety_400mf", "regnetx_200mf", "resnet50"):
         ours, theirs = build_trunk(arch), baseline_trunk(arch)
@@ -269,6 +270,7 @@ def test_what_cannot_be_measured_is_refused(argv, expected, tmp_path, capsys):
     assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_step_without_room_is_one_sentence(tmp_path, capsys, monkeypatch, quick):
     def full(*_):
         raise torch.OutOfMemoryError

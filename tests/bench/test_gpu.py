@@ -38,6 +38,7 @@ def wait_until_ended(pid: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     """In child processes, which are no part of the benchmark: one works, one raises, one is killed
     as where memory is short, one hangs with a child of its own, two leave other results."""

@@ -99,6 +99,7 @@ def test_small_medium_and_large_ones_of_every_kind():
     assert counts.min() > 0.5 * counts.mean()
 
 
+@pytest.mark.long
 def test_a_larger_background_has_more_clutter_not_larger():
     def edges(side, unit):
         pixels = numpy.asarray(background(numpy.random.default_rng(0), side, unit), float)

@@ -61,6 +61,7 @@ def layers_on_a_rank(rank):
     return results
 
 
+@pytest.mark.long
 def test_two_ranks_normalise_the_joined_batch(tmp_path):
     ranks = run_ranks(layers_on_a_rank, tmp_path)
     for (norm, shape), first, second in zip(LAYERS, *ranks):

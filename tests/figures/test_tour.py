@@ -185,6 +185,7 @@ def test_a_run_has_three_moments(run):
 
 
 def test_what_is_no_run_of_swav_is_refused(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     (tmp_path / "byol").mkdir()
     (tmp_path / "byol/config.json").write_text(json.dumps({"config": TINY | {"method": "byol"}}))
     (tmp_path / "empty").mkdir()
@@ -199,6 +200,7 @@ def test_what_is_no_run_of_swav_is_refused(tmp_path, capsys):
 
 
 def test_a_folder_that_is_there_stays(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     (tmp_path / "index.html").write_text("mine")
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path)])

@@ -51,6 +51,7 @@ def test_the_rule_makes_a_run(count, world):
     assert all(reason for _, reason in medium(count, {}, world).values())
 
 
+@pytest.mark.long
 def test_the_network_follows_from_the_processes_and_the_days():
     def arch(count, *rest, **options):
         return medium(count, {}, *rest, **options)["arch"]
@@ -89,6 +90,7 @@ def test_the_time_of_a_run_is_said():
                     f"process ({step.utilisation:.0%} of 790 TFLOP/s)")
 
 
+@pytest.mark.long
 def test_medium_needs_a_set(capsys):
     assert "name it (--data)" in refuse(capsys, "--recipe=medium", "--plan")
     assert choose_recipe({"recipe": "medium"}, None) == "medium"

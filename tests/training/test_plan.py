@@ -61,6 +61,7 @@ def test_a_share_that_cannot_be_cut_is_refused():
         plan.fit(config, 1, 80 * GB, torch.bfloat16)
 
 
+@pytest.mark.long
 def test_a_network_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="regnety_10b needs 1[13][0-9] GB on every device for one "
                        "image at a time, and 90% of 80 GB are there; a smaller --arch"):
@@ -80,6 +81,7 @@ def sharding(limit, ranks=8, **given):
     return config.shard, config.shard_group
 
 
+@pytest.mark.long
 def test_weights_are_sharded_where_one_image_has_no_room():
     config = configure(SMALL | {"device": "cpu"})
     whole = min(sum(memory(COST(config, torch.bfloat16), config, 1, checkpointing, 8).values())
@@ -141,6 +143,7 @@ def test_a_plan_is_printed(arch, capsys):
     assert ("does not fit" in capsys.readouterr().out) == sharded
 
 
+@pytest.mark.long
 def test_the_plan_of_the_headline(capsys):
     train.main(["--plan"])
     text = capsys.readouterr().out

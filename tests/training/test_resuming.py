@@ -141,7 +141,7 @@ def test_a_configuration_is_saved_as_text(photos, tmp_path, capsys):
     run(photos, tmp_path / "run", "--steps=2")
     state = load(tmp_path / "run" / "checkpoint.pt")
     written = {"crops": "2x32+2x16", "head": "32-16", "mean": "0.485,0.456,0.406",
-               "std": "0.229,0.224,0.225", "lr": 4.8, "arch": "regnety_100mf"}
+               "std": "0.229,0.224,0.225", "lr": 9.6, "arch": "regnety_100mf"}
     assert {name: state["config"][name] for name in written} == written
     assert set(map(type, state["config"].values())) <= {str, int, float, bool, type(None)}
     save(tmp_path / "run" / "checkpoint.pt", state | {"step": 1})
