@@ -1,7 +1,7 @@
 """Write demo_curves.json, the curves that tests/training compares runs with, from runs' folders.
 
     options="--threads 1 --workers 0 --log-every 25"
-    for seed in 0 1 2; do python train.py --seed $seed $options --out curves/seed$seed; done
+    for seed in 0 1 2 3 4; do python train.py --seed $seed $options --out curves/seed$seed; done
     python train.py --steps 150 --lr 4.8 --strength 1 --out "curves/stuck strength"     # and so on
     python -m tests.oracles.make_curves curves/
 """
