@@ -11,11 +11,14 @@ last two digits. Revisited Oxford and Paris (arXiv 1803.11285): `easy` looks for
 and removes the hard from the ranking, `medium` looks for both, `hard` looks for the hard and
 removes the easy; junk is always removed. Queries are not cut to their boxes (as VISSL's).
 """
+import bisect
 import os
 import pickle
 import re
 from pathlib import Path
 from typing import NamedTuple
+
+from torch.utils.data import ConcatDataset
 
 from data.images import Files, open_images
 
@@ -36,29 +39,12 @@ class Benchmark(NamedTuple):
     protocols: dict[str, list[Truth]]    # of each query
 
 
-class Joined:
-    """The images of several sets, one set after the other."""
-
-    def __init__(self, *sets):
-        self.sets = sets
-
-    def __len__(self) -> int:
-        return sum(map(len, self.sets))
-
-    def _find(self, i: int):
-        for images in self.sets:
-            if i < len(images):
-                return images, i
-            i -= len(images)
-        raise IndexError(i)
+class Joined(ConcatDataset):
+    """The images of several sets, one set after the other, with their names."""
 
     def name(self, i: int) -> str:
-        images, i = self._find(i)
-        return images.name(i)
-
-    def __getitem__(self, i: int) -> bytes:
-        images, i = self._find(i)
-        return images[i]
+        number = bisect.bisect_right(self.cumulative_sizes, i)
+        return self.datasets[number].name(i - [0, *self.cumulative_sizes][number])
 
 
 class _ArraysAlone(pickle.Unpickler):

@@ -106,7 +106,7 @@ def run(task: EvalTask) -> dict:
         extra, shape = {"batch": 1}, {"size": size, "crop_ratio": None}
     if options.distractors:
         benchmark = benchmark._replace(
-            database=Joined(benchmark.database, open_images(options.distractors)))
+            database=Joined([benchmark.database, open_images(options.distractors)]))
     network = open_descriptors(task, crops, extra)
     (database, readable), (queries, found) = (
         extract(network, crops(images), **task.extract_options(), **extra)

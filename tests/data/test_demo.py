@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from data.demo import DemoImages
+from data.demo import DemoImages, png
 from data.stream import Positions, Stream, collate
 from distributed.hardware import autocast, count_workers, pick_precision
 from evaluation.features import CenterCrops, extract
@@ -46,7 +46,10 @@ def test_pictures_are_pure_functions_of_seed_split_and_number():
     again = pickle.loads(pickle.dumps(DemoImages("train", count=50)))
     assert len(TRAIN) == 4096 and len(VAL) == 1024
     for i in (0, 7, 49):
-        assert again[i] == TRAIN[i] and again.name(i) == TRAIN.name(i)
+        first = TRAIN[i]
+        assert TRAIN[i] is first                        # kept, and made anew it is the same
+        png.cache_clear()
+        assert again[i] == first and again[i] is not first and again.name(i) == TRAIN.name(i)
         assert TRAIN[i] != VAL[i] and TRAIN[i] != DemoImages("train", seed=1)[i]
         assert Image.open(io.BytesIO(TRAIN[i])).size == (64, 64)
 

@@ -87,7 +87,7 @@ def test_another_folder_is_told_of_attack(tmp_path):
 def test_sets_are_joined(tmp_path):
     write(tmp_path, "original/200000.jpg", "strong/200001.jpg", "strong/200002.jpg")
     benchmark = open_benchmark(str(tmp_path))
-    joined = Joined(benchmark.database, benchmark.queries)
+    joined = Joined([benchmark.database, benchmark.queries])
     assert [joined.name(i) for i in range(len(joined))] == [
         "200000.jpg", "strong/200001.jpg", "strong/200002.jpg"]
     assert joined[2] == benchmark.queries[1]

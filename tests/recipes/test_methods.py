@@ -97,6 +97,13 @@ def test_numbers_of_the_papers():
     assert 0.095 < max(abs(x[4]) for x in factors) <= 0.1               # hue of 0.1
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_demos_peak_learning_rate(method):
+    """docs/methods.md: half of SwAV's with a momentum encoder."""
+    expected = 2.4 if "target_momentum" in METHODS[method].options else 4.8
+    assert configure({"method": method}).peak_lr() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("given, images, name", [
     ({"method": "byol", "arch": "resnet50"}, None, "byol"),
     ({"method": "byol", "data": "many"}, Many(IMAGENET), "byol"),
