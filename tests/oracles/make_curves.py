@@ -2,6 +2,7 @@
 
     options="--threads 1 --workers 0 --log-every 25"
     for seed in 0 1 2 3 4; do python train.py --seed $seed $options --out curves/seed$seed; done
+    python train.py --seed 3 --log-every 25 --out "curves/seed3 on two threads"     # ended at 100
     python train.py --steps 150 --lr 4.8 --strength 1 --out "curves/stuck strength"     # and so on
     python -m tests.oracles.make_curves curves/
 """
@@ -21,8 +22,9 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
              "curve": {key: [round(line[key], 4) for line in log] for key in KEYS}}
     if folder.name.startswith("seed"):
         demo = demo or saved["config"]
-        for name, row in json.loads((folder / "results.json").read_text()).items():
-            entry[name.split()[0]] = row
+        if (folder / "results.json").exists():
+            for name, row in json.loads((folder / "results.json").read_text()).items():
+                entry[name.split()[0]] = row
         result["healthy"][folder.name] = entry
     else:
         entry["options"] = {key: saved["config"][key] for key in sorted(OPTIONS)

@@ -13,9 +13,7 @@ from tests.helpers import ORACLES, ROOT
 
 CURVES = json.loads((ORACLES / "demo_curves.json").read_text())
 HEALTHY = [seed["curve"] for seed in CURVES["healthy"].values()]
-# of ln K: at step 100 seed 3 had 0.859 on two threads, which round in another way, and has 0.799
-# here on one; stuck runs have 1
-MARGIN = 0.06
+MARGIN = 0.03                # of ln K: another run may lie a little outside these
 
 
 def band(step):
@@ -25,8 +23,9 @@ def band(step):
 
 
 def test_the_reference_runs_did_what_the_readme_says():
-    assert len(HEALTHY) == 5
-    for seed in CURVES["healthy"].values():
+    whole = [seed for seed in CURVES["healthy"].values() if "trained" in seed]
+    assert len(whole) == 5 and len(HEALTHY) == 6        # and one rounded otherwise
+    for seed in whole:
         assert seed["untrained"]["knn"] <= 25 and seed["trained"]["knn"] >= 90
         assert seed["trained"]["linear"] > seed["untrained"]["linear"]
         assert seed["curve"]["loss_over_ln_k"][-1] < 0.8
