@@ -126,3 +126,5 @@ if __name__ == "__main__":
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)     # a thread of gloo that wants the GIL while Python is finalized ends the process

@@ -121,7 +121,7 @@ def test_layouts_are_measured_and_one_that_does_not_run_is_told(monkeypatch, cap
     assert torch.backends.cudnn.benchmark == benchmark
 
 
-@pytest.mark.long
+@pytest.mark.measured
 def test_the_first_hour_on_a_cpu(tmp_path):
     """As on a GPU, with a small network: minutes."""
     out = tmp_path / "bench.json"

@@ -26,7 +26,7 @@ def test_scenes_are_pure_functions_of_seed_split_and_number():
         DemoScenes("test")
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(2000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [20, pytest.param(2000, marks=pytest.mark.measured)])
 def test_boxes_are_those_of_the_masks_which_share_no_pixel(count):
     for i in range(count):
         image, target = TRAIN[i]

@@ -213,7 +213,7 @@ def test_a_comparison_from_end_to_end(tmp_path, shades):
         return subprocess.Popen([*argv, *more], cwd=ROOT, env=environment(), text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    process = start("--seeds=0", "--steps=30")
+    process = start("--seeds=0", "--steps=12")
     while not (out / "swav-0" / "views.png").exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -221,16 +221,16 @@ def test_a_comparison_from_end_to_end(tmp_path, shades):
     assert process.returncode == 75 and "the same command goes on" in errors
     assert "after step" in (out / "swav-0.txt").read_text() and len(read_cells(out)) == 1
 
-    process = start("--seeds=0", "--steps=30", "--jobs=2")
+    process = start("--seeds=0", "--steps=12", "--jobs=2")
     text, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     first = read_cells(out)
     assert len(first) == 3 and "resumed after step" in (out / "swav-0.txt").read_text()
-    assert {cell["images"] for cell in first.values() if "images" in cell} == {30 * 24}
-    assert "each method saw 720 images" in text and text.rstrip() == (
+    assert {cell["images"] for cell in first.values() if "images" in cell} == {12 * 24}
+    assert "each method saw 288 images" in text and text.rstrip() == (
         out / "table.md").read_text().rstrip()
 
-    process = start("--seeds=0,1", "--steps=30", "--finetune", f"--trunks=mine={out}/swav-0")
+    process = start("--seeds=0,1", "--steps=12", "--finetune", f"--trunks=mine={out}/swav-0")
     text, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     both = read_cells(out)
@@ -243,8 +243,8 @@ def test_a_comparison_from_end_to_end(tmp_path, shades):
     assert all(both["mine", seed][name] == both["swav", 0][name] for seed, columns in (
         (0, [*FROZEN, *FINETUNED]), (1, FROZEN)) for name in columns)
 
-    process = start("--seeds=0", "--steps=31")
+    process = start("--seeds=0", "--steps=13")
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
-    assert errors.splitlines()[-1].endswith("(images was 720, not 744); choose another folder")
+    assert errors.splitlines()[-1].endswith("(images was 288, not 312); choose another folder")
     assert os.path.isfile(out / "results.jsonl")

@@ -173,7 +173,7 @@ def test_a_figure_from_end_to_end(tmp_path, shades):
         return subprocess.Popen([*argv, *more], cwd=ROOT, env=environment(), text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    process = start(f"--sets={shades}", "--pictures=12", "--steps=20")
+    process = start(f"--sets={shades}", "--pictures=12", "--steps=12")
     run = out / "12-regnety_100mf-0"
     while not (run / "views.png").exists() and process.poll() is None:
         time.sleep(0.1)
@@ -182,14 +182,14 @@ def test_a_figure_from_end_to_end(tmp_path, shades):
     assert process.returncode == 75 and "the same command goes on" in errors
     assert len(read_cells(out, scaling.KEY)) == 1
 
-    process = start(f"--sets={shades}", "--pictures=12", "--steps=20")
+    process = start(f"--sets={shades}", "--pictures=12", "--steps=12")
     text, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "resumed after step" in run.with_suffix(".txt").read_text()
     first = read_cells(out, scaling.KEY)
     assert {*first} == {(0, "regnety_100mf", 0), (12, "regnety_100mf", 0)}
 
-    process = start(f"--sets={shades},{tmp_path / 'hues'}", "--pictures=12,all", "--steps=20",
+    process = start(f"--sets={shades},{tmp_path / 'hues'}", "--pictures=12,all", "--steps=12",
                     "--jobs=2")
     text, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
@@ -204,6 +204,6 @@ def test_a_figure_from_end_to_end(tmp_path, shades):
         "data", "out", "threads", "workers", "channels_last"}            # a layout is measured
     assert "mean, linear" in text and text.rstrip() == (out / "table.md").read_text().rstrip()
 
-    process = start(f"--sets={shades}", "--pictures=12", "--steps=21")
+    process = start(f"--sets={shades}", "--pictures=12", "--steps=13")
     _, errors = process.communicate(timeout=600)
-    assert process.returncode == 2 and "(images was 200, not 210)" in errors
+    assert process.returncode == 2 and "(images was 120, not 130)" in errors

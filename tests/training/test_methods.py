@@ -31,9 +31,9 @@ OWN = {"simclr": ["--crops=2x32", "--head=32-16"],
        "dino": ["--crops=2x32+2x17", "--head=32-16", "--prototypes=12"],
        "deepcluster_v2": ["--crops=2x32+2x17", "--head=32-16", "--prototypes=3"],
        "supervised": ["--crops=1x32", "--trust-coefficient=0", "--lr=0.1"]}
-EACH = [pytest.param(name, marks=[pytest.mark.long] * (name != "byol")) for name in OWN]
 FEW = [pytest.param(name, marks=pytest.mark.long if name in ("mocov2", "deepcluster_v2")
                     else pytest.mark.measured) for name in OWN]
+EACH = ["byol", *(param for param in FEW if param.values != ("byol",))]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,7 @@ def test_a_run_goes_on_bitwise_after_a_signal(method, classes, tmp_path, monkeyp
     assert (whole / "neighbours.png").exists() and not (whole / "prototypes.png").exists()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize("method", FEW)
 def test_two_ranks_go_on_with_a_run_of_one(method, classes, tmp_path):
     """With BatchNorm over all ranks the run is that of one process, but for rounding."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
