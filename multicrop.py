@@ -212,7 +212,8 @@ class MultiCrop:
     specs: from parse_crops.  strength: scales the colour jitter; 1 is SwAV's (brightness, contrast
     and saturation by up to 0.8, hue by up to 0.2); or a function of the image's position in the
     stream, for a strength that changes over the run.  jitter, gray, blur, flip, solarize:
-    probabilities; of blur and solarize also one for each crop in turn (BYOL: 1, 0.1 and 0, 0.2).
+    probabilities; of blur and solarize also one for each crop (BYOL: 1, 0.1 and 0, 0.2), of which
+    the last one is that of all further crops.
     max_pixels: of an image; larger ones are not decoded.
     """
 
@@ -271,7 +272,7 @@ class MultiCrop:
         factors = [rng.uniform(max(0.0, 1 - colour), 1 + colour) for _ in range(3)]
         hue = rng.uniform(-0.2, 0.2) * strength
         turns = rng.sample(range(4), 4)
-        blurred, solarized = (p[crop % len(p)] for p in (self.blur, self.solarize))
+        blurred, solarized = (p[min(crop, len(p) - 1)] for p in (self.blur, self.solarize))
         flip, gray, blur = (rng.random() < p for p in (self.flip, self.gray, blurred))
         sigma = rng.uniform(0.1, 2.0)
         solarize = solarized > 0 and rng.random() < solarized

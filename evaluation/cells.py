@@ -44,13 +44,15 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 
 def read_cells(out: Path, names: Sequence[str] = ("method", "seed")) -> dict[tuple, dict]:
-    """(method, seed) -> the last line of it in results.jsonl; a line that was cut off is none.
-    names: that make the key."""
+    """(method, seed) -> the last line of it in results.jsonl; a line that was cut off is none, and
+    a failure does not replace numbers. names: that make the key."""
     cells, path = {}, out / "results.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             cell = json.loads(line)
-            cells[tuple(cell[name] for name in names)] = cell
+            key = tuple(cell[name] for name in names)
+            if "failed" not in cell or "failed" in cells.get(key, {"failed": ""}):
+                cells[key] = cell
     return cells
 
 

@@ -1,7 +1,7 @@
 """Barlow Twins: two views' embeddings agree in each dimension, and no two dimensions say the same.
 
 Paper: "Barlow Twins: Self-Supervised Learning via Redundancy Reduction" (arXiv 2103.03230, section
-2.1, eq. 1 and 2); gradient accumulation is GradCache's (arXiv 2101.06983).
+2.1, eq. 1 and 2); gradient accumulation is GradCache's (arXiv 2101.06983). Needs torch alone.
 
     import torch
     import torchvision
@@ -13,11 +13,15 @@ Paper: "Barlow Twins: Self-Supervised Learning via Redundancy Reduction" (arXiv 
     gradient = model.targets(outputs, step=0)                   # (2, 4, 256)
     model.loss(outputs, gradient).backward()
 
-The views' cross-correlation over the images of all ranks should be the identity matrix. The loss of
-a batch is not the mean of its micro-batches' losses. `targets` computes it from the embeddings of
-the whole batch, without their graph, and returns the gradient. `loss` has this value, and hands
-each micro-batch its rows of this gradient. A single micro-batch goes the same way.
-A training loop calls `before_step` and `after_step` too, and `assigned` for several micro-batches.
+Of z and z', the views' embeddings, each dimension minus its mean, over the B images of all ranks:
+
+    C_ij = sum_b z_bi z'_bj / ( sqrt(sum_b z_bi^2) sqrt(sum_b z'_bj^2) )                    (eq. 2)
+    loss = sum_i (1 - C_ii)^2 + lambda sum_i sum_{j != i} C_ij^2                            (eq. 1)
+
+So a batch's loss is not the mean of its micro-batches' losses. `targets` computes it from the
+embeddings of the whole batch, without their graph, and returns the gradient. `loss` has this value,
+and gives each micro-batch its rows of this gradient. A training loop calls `before_step` and
+`after_step` too, and `assigned` for several micro-batches.
 
 Differs from the reference (facebookresearch/barlowtwins):
 - both views go through trunk and head as one batch, and BatchNorm sees them together;
@@ -40,8 +44,7 @@ class BarlowTwins(nn.Module):
     trunk: images (N, 3, s, s) -> features (N, C), with C in trunk.num_features.
     head: widths of the projection's linear layers, BatchNorm and ReLU between; the last one is D.
         No biases, for a mean is subtracted after each.  off_diagonal, scale: as in barlow_loss.
-    Raises ValueError for a trunk without num_features and a head of nothing.
-    """
+    Raises ValueError for a trunk without num_features and a head of nothing."""
     joint = True             # targets are of the whole batch
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (8192, 8192, 8192),
@@ -84,7 +87,7 @@ class BarlowTwins(nn.Module):
         return value + images / targets.shape[1] * (linear - linear.detach())
 
     def before_step(self, step: int) -> None:
-        """Nothing is left to do before the optimizer's step, nor after it."""
+        """Before the optimizer's step, and after it: nothing."""
 
     after_step = before_step
 
@@ -106,14 +109,12 @@ def barlow_loss(first: Tensor, second: Tensor, off_diagonal: float = 0.0051, sca
     group: the ranks that share the batch; None: the default group if there is one.
     Returns a scalar, float32 or better: the joined batch's loss, on every rank. DDP's mean of
     gradients is its gradient, where all ranks go backward alike. At most four matrices (D, D) exist
-    at a time. Raises ValueError for other shapes.
-    """
+    at a time. Raises ValueError for other shapes."""
     if first.dim() != 2 or first.shape != second.shape:
         raise ValueError(f"two views (B, D), not {tuple(first.shape)} and {tuple(second.shape)}")
     alone = not (dist.is_available() and dist.is_initialized())
     with torch.autocast(first.device.type, enabled=False):
-        views = torch.stack([first, second])                             # (2, B, D)
-        views = views.to(torch.promote_types(views.dtype, torch.float32))
+        views = torch.stack([first, second]).to(torch.promote_types(first.dtype, torch.float32))
         c = cross_correlation(views, 1 if alone else dist.get_world_size(group), group)
         invariance = (1 - c.diagonal()).square().sum()
         redundancy = c.fill_diagonal_(0).square().sum()      # of 8192 dimensions C takes 268 MB

@@ -86,7 +86,8 @@ def build_barlow_twins(config, trunk: nn.Module, world: int, images) -> BarlowTw
 def build_dino(config, trunk: nn.Module, world: int, images) -> DINO:
     return DINO(trunk, config.head, config.prototypes, config.head_bn,
                 momentum=config.target_momentum, teacher_temperature=config.teacher_temperature,
-                warmup=round(config.teacher_warmup * config.steps), steps=config.steps,
+                warmup=round(config.teacher_warmup * (config.extended_at or config.steps)),
+                steps=config.steps,
                 frozen_steps=config.freeze_prototypes, counts=counts(config),
                 student_temperature=config.temperature)
 

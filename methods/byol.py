@@ -53,7 +53,7 @@ class BYOL(nn.Module):
     momentum: tau at the first step; it rises to 1.  steps: of the whole run.
     Raises ValueError for a trunk without num_features, and for widths that do not fit.
     """
-    joint = False               # a micro-batch's targets need no other
+    joint = False               # each micro-batch has targets of its own
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (4096, 256),
                  predictor: Sequence[int] = (4096, 256), *, momentum: float = 0.996, steps: int):
@@ -73,6 +73,7 @@ class BYOL(nn.Module):
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """crops: [(2B, 3, s, s)] -> projections, predictions, the target's projections (2B, D).
         Raises ValueError where crops are of more than one size."""
+        crops = list(crops)         # a lazy sequence may compute a crop each time it is asked for
         if len(crops) != 1 or len(crops[0]) % 2:
             raise ValueError(f"BYOL takes two views of one size, not {list(map(len, crops))} crops")
         projections = self.head(self.trunk(crops[0]))                    # (2B, D)
@@ -112,8 +113,12 @@ class BYOL(nn.Module):
 
 
 def byol_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean of 2 - 2 cos(prediction, target), eq. 2. predictions, targets: (B, D) -> scalar."""
-    predictions, targets = (F.normalize(wide(x), dim=1) for x in (predictions, targets))
+    """Mean of 2 - 2 cos(prediction, target), eq. 2. predictions, targets: (B, D) -> scalar. Targets
+    get no gradient. Raises ValueError for other shapes."""
+    if predictions.dim() != 2 or predictions.shape != targets.shape:
+        raise ValueError(f"predictions and targets (B, D), not {tuple(predictions.shape)} and "
+                         f"{tuple(targets.shape)}")
+    predictions, targets = (F.normalize(wide(x), dim=1) for x in (predictions, targets.detach()))
     return (2 - 2 * (predictions * targets).sum(1)).mean()
 
 

@@ -1,6 +1,6 @@
 """DeepCluster-v2 (arXiv 2006.09882, appendix): predict an image's cluster of the epoch before.
 
-    import torch, torchvision
+    import torch, torchvision                           # this file needs torch alone
     from methods.deepcluster_v2 import DeepCluster
     trunk = torchvision.models.resnet18()
     trunk.num_features, trunk.fc = 512, torch.nn.Identity()
@@ -16,10 +16,8 @@ sets images_of: step -> int64 (n*B,), the images (0 .. N-1) that this rank's n m
 and calls targets for each of these in order. Of a skipped step nothing is remembered.
 
 Differs from the reference (facebookresearch/swav, main_deepclusterv2.py):
-- it fills the memory before training; here the first epoch does, with targets -100, loss and
-  gradients 0. An image that an epoch left out is clustered by its older embedding;
-- each rank has, and clusters, the whole memory, so that a run goes on with any number of ranks;
-- rows without a target count in the mean loss, as 0.
+- it fills the memory before training; here the first epoch does, with targets -100 and loss 0;
+- each rank has, and clusters, the whole memory, so that a run goes on with any number of ranks.
 
 Shapes: N images, B of a micro-batch, V crops, D embedding, P clusterings of K clusters.
 """
@@ -35,9 +33,9 @@ BLOCK = 2 ** 22                     # similarities at once in k-means: 16 MiB of
 
 @torch.no_grad()
 def spherical_kmeans(embeddings: Tensor, k: int, iterations: int, seed: int):
-    """(N, D), no row of zeros -> centroids (k, D) of unit length, nearest centroid (N,), by cosine.
-    Begins at k random rows, the same on all devices. A cluster that is empty, or whose members
-    cancel, keeps its centroid. Raises ValueError unless 1 <= k <= N."""
+    """Rows z (N, D), none of zeros -> centroids C (k, D), nearest one (N,). Of unit length both,
+    sum_n max_k z_n . C_k rises. Begins at k random rows, the same on all devices. A cluster that is
+    empty, or whose members cancel, keeps its centroid. Raises ValueError unless 1 <= k <= N."""
     if not 1 <= k <= len(embeddings):
         raise ValueError(f"{len(embeddings)} rows have from 1 to that many clusters, not {k}")
     rng = torch.Generator("cpu").manual_seed(seed)
@@ -58,8 +56,8 @@ def spherical_kmeans(embeddings: Tensor, k: int, iterations: int, seed: int):
 class DeepCluster(nn.Module):
     """trunk: has num_features. head: widths of the projection, the last is D; head_bn: BatchNorm
     before each ReLU. prototypes: K of each clustering; p is of crop p mod 2. counts: crops of each
-    size. iterations, seed: of k-means. steps_per_epoch: N / the global batch, not rounded.
-    Raises ValueError for fewer than two crops, or more clusters than images."""
+    size. iterations, seed: of k-means. steps_per_epoch: N / batch, not rounded. Raises ValueError
+    for fewer than two crops, or more clusters than images."""
     joint, images_of = False, None
 
     def __init__(self, trunk: nn.Module, images: int, head=(2048, 128),
@@ -67,8 +65,8 @@ class DeepCluster(nn.Module):
                  iterations: int = 10, *, steps_per_epoch: float, seed: int = 0, head_bn=True):
         super().__init__()
         if sum(counts) < 2 or not 1 <= min(prototypes) <= max(prototypes) <= images:
-            raise ValueError(f"DeepCluster needs two crops or more, and 1 to {images} clusters of "
-                             f"{images} images, not {sum(counts)} and {max(prototypes)}")
+            raise ValueError(f"DeepCluster needs two crops or more, 1 to {images} clusters, not "
+                             f"{sum(counts)}, {max(prototypes)}")
         self.trunk, self.head = trunk, nn.Sequential(nn.Linear(trunk.num_features, head[0]))
         for w_in, w_out in zip(head, head[1:]):
             self.head.extend([nn.BatchNorm1d(w_in)] * head_bn + [nn.ReLU(), nn.Linear(w_in, w_out)])
@@ -101,7 +99,7 @@ class DeepCluster(nn.Module):
         return self.assignments[:, rows]
 
     def loss(self, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-        """Mean cross-entropy over crops and clusterings. targets: (P, B)."""
+        """Mean of -log softmax(C z / tau)_y over crops' z and clusterings. targets y: (P, B)."""
         return sum(F.cross_entropy(scores / self.temperature, target.repeat(self.crops),
                                    ignore_index=-100, reduction="sum") / len(scores)
                    for scores, target in zip(outputs[1:], targets)) / len(targets)
@@ -125,7 +123,9 @@ class DeepCluster(nn.Module):
         for p, (k, layer) in enumerate(zip(self.sizes, self.prototypes)):
             seed, old = self.seed + 1_000_003 * (epoch * len(self.sizes) + p), self.assignments[p]
             found = spherical_kmeans(self.memory[p % 2, known], k, self.iterations, seed)
-            centroids, clusters = (_of_all_ranks(x)[:len(x)] for x in found)        # rank 0's
+            for x in found if dist.is_available() and dist.is_initialized() else ():
+                dist.broadcast(x, 0)
+            centroids, clusters = found
             pairs = torch.bincount(clusters * (k + 1) + old[known].clamp(min=-1) + 1,
                                    minlength=k * (k + 1)).view(k, k + 1)    # new and old clusters
             self.moved[p] = 1 - pairs[:, 1:].amax(1).sum() / len(known)

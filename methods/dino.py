@@ -46,9 +46,8 @@ class DINO(nn.Module):
     momentum: lambda at step 0; it is 1 after `steps`, the whole run.
     teacher_temperature: tau_t at step 0, and from step `warmup` on; linear between.
     frozen_steps: of the last layer, at first.  counts: crops of each size; x1, x2 are the first.
-    Raises ValueError for a trunk without num_features, and fewer crops than x1 and x2.
-    """
-    joint = False               # a micro-batch's targets need no other
+    Raises ValueError for a trunk without num_features, and fewer crops than x1 and x2."""
+    joint = False               # each micro-batch has targets of its own
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (2048, 2048, 256),
                  prototypes: int = 65536, head_bn: bool = False, *, momentum: float = 0.996,
@@ -68,6 +67,7 @@ class DINO(nn.Module):
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """crops, one (count * B, 3, s, s) per size -> the student's bottleneck (V*B, D) and outputs
         (V*B, K), the teacher's outputs (2*B, K)."""
+        crops = list(crops)         # a lazy sequence may compute a crop each time it is asked for
         embeddings, student = self.head(torch.cat([self.trunk(images) for images in crops]))
         with torch.no_grad():
             large = crops[0][:2 * len(crops[0]) // self.counts[0]]       # (2*B, 3, s, s)
@@ -131,17 +131,18 @@ class Head(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         projected = self.mlp(features)
         with torch.autocast(projected.device.type, enabled=False):
-            wide = torch.promote_types(projected.dtype, torch.float32)
-            embeddings = F.normalize(projected.to(wide), dim=1)          # (N, D)
+            wide = projected.to(torch.promote_types(projected.dtype, torch.float32))
+            embeddings = F.normalize(wide, dim=1)                        # (N, D)
             return embeddings, F.linear(embeddings, F.normalize(self.last.weight, dim=1))
 
 
 def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, num_crops: int,
               student_temperature: float = 0.1, teacher_temperature: float = 0.04) -> Tensor:
     """Eq. 3, of s(x) (V*B, K), t(x) (2*B, K) of crops 0 and 1, c (K,) and V; no gradient to t(x).
-    Raises ValueError where the numbers of rows do not fit num_crops."""
-    if num_crops < 2 or len(student) * 2 != num_crops * len(teacher) or len(teacher) % 2:
-        raise ValueError(f"{len(student)} and {len(teacher)} rows do not fit {num_crops}, 2 crops")
+    Raises ValueError for shapes that do not fit."""
+    shapes, b, k = [(*x.shape,) for x in (student, teacher)], len(teacher) // 2, center.shape
+    if num_crops < 2 or shapes != [(num_crops * b, *k), (2 * b, *k)]:
+        raise ValueError(f"{shapes}, {(*k,)} do not fit {num_crops} crops, the teacher's being 2")
     wide = torch.promote_types(student.dtype, torch.float32)
     p = torch.softmax((teacher.detach().to(wide) - center) / teacher_temperature, dim=1)
     log_p = F.log_softmax(student.to(wide) / student_temperature, 1).unflatten(0, (num_crops, -1))

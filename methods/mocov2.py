@@ -23,8 +23,6 @@ and after each step the key encoder follows, theta_k <- m theta_k + (1 - m) thet
 batch's keys, of all ranks, take the place of the oldest in the queue. v2 is v1 with a projection
 head of two layers, tau 0.2 instead of 0.07, and blur.
 
-A training loop calls `forward`, `targets`, `loss`, `before_step` and `after_step`.
-
 Differs from the reference (facebookresearch/moco):
 - keys are not shuffled over GPUs, so that BatchNorm cannot tell whose they are: SyncBatchNorm,
   applied from outside, stands for it; on one process there is no shuffling;
@@ -52,7 +50,7 @@ class MoCo(nn.Module):
     queue: L, of all ranks together.  momentum: m.  temperature: tau.
     Raises ValueError for a trunk without num_features, and a head or queue of nothing.
     """
-    joint = False               # a micro-batch's targets need no other
+    joint = False               # each micro-batch has targets of its own
 
     def __init__(self, trunk: nn.Module, head: Sequence[int] = (2048, 128), queue: int = 65536,
                  momentum: float = 0.999, temperature: float = 0.2):
@@ -63,8 +61,7 @@ class MoCo(nn.Module):
         if not isinstance(getattr(trunk, "num_features", None), int):
             raise ValueError("MoCo's trunk returns features (N, C), and has C as num_features")
         self.trunk, self.head = trunk, nn.Sequential()
-        widths = [trunk.num_features, *head]
-        for i, (w_in, w_out) in enumerate(zip(widths, widths[1:])):
+        for i, (w_in, w_out) in enumerate(zip([trunk.num_features, *head], head)):
             self.head.extend([nn.ReLU(inplace=True)] if i else [])
             self.head.append(nn.Linear(w_in, w_out))
         self.key = deepcopy(nn.Sequential(self.trunk, self.head)).requires_grad_(False)
@@ -76,6 +73,7 @@ class MoCo(nn.Module):
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """crops: [(2B, 3, s, s)] -> queries (B, D), keys (B, D), of unit length, and similarities
         (B, 1 + L). Raises ValueError where crops are of more than one size."""
+        crops = list(crops)         # a lazy sequence may compute a crop each time it is asked for
         if len(crops) != 1 or len(crops[0]) % 2:
             raise ValueError(f"MoCo takes two views of one size, not {list(map(len, crops))} crops")
         first, second = crops[0].chunk(2)                                # (B, 3, s, s)
@@ -118,8 +116,12 @@ class MoCo(nn.Module):
 
 
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
-    """Eq. 1, a mean. queries, keys: (B, D).  queue: (L, D).  Of any norm: normalised here."""
-    return contrast(similarities(*map(unit, (queries, keys, queue))), temperature)
+    """Eq. 1, a mean. queries, keys: (B, D).  queue: (L, D).  Of any norm: normalised here. Keys and
+    queue get no gradient. Raises ValueError for other shapes."""
+    if queries.dim() != 2 or queries.shape != keys.shape or queries.shape[1:] != queue.shape[1:]:
+        raise ValueError(f"queries and keys (B, D), a queue (L, D), not {tuple(queries.shape)}, "
+                         f"{tuple(keys.shape)} and {tuple(queue.shape)}")
+    return contrast(similarities(*map(unit, (queries, keys.detach(), queue.detach()))), temperature)
 
 
 def similarities(queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:

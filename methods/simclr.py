@@ -1,7 +1,7 @@
 """SimCLR: learn features by finding an image's other view among all views of the batch.
 
 Paper: "A Simple Framework for Contrastive Learning of Visual Representations" (arXiv 2002.05709,
-section 2.1, eq. 1); gradient accumulation is GradCache's (arXiv 2101.06983).
+section 2.1, eq. 1); gradient accumulation is GradCache's (arXiv 2101.06983). Needs torch alone.
 
     import torch
     import torchvision
@@ -13,11 +13,14 @@ section 2.1, eq. 1); gradient accumulation is GradCache's (arXiv 2101.06983).
     gradient = model.targets(outputs, step=0)                   # (2, 4, 128)
     model.loss(outputs, gradient).backward()
 
-A row's positive is the other view of its image; all other rows, of all ranks, are its negatives. So
-the loss of a batch is not the mean of its micro-batches' losses. `targets` computes it from the
+Of an embedding z_i, whose image's other view is z_j, among the rows of all ranks:
+
+    l(i, j) = -log( exp(cos(z_i, z_j) / tau) / sum over k != i of exp(cos(z_i, z_k) / tau) ) (eq. 1)
+
+So a batch's loss is not the mean of its micro-batches' losses. `targets` computes it from the
 embeddings of the whole batch, without their graph, and returns the gradient. `loss` has this value,
-and hands each micro-batch its rows of this gradient. A single micro-batch goes the same way.
-A training loop calls `before_step` and `after_step` too, and `assigned` for several micro-batches.
+and gives each micro-batch its rows of this gradient. A training loop calls `before_step` and
+`after_step` too, and `assigned` for several micro-batches.
 
 Differs from the reference (google-research/simclr, and VISSL's configuration of it):
 - a mean over rows, as in the paper and VISSL: half of google-research's;
@@ -42,7 +45,7 @@ class SimCLR(nn.Module):
 
     trunk: images (N, 3, s, s) -> features (N, C), with C in trunk.num_features.
     head: widths of the projection's linear layers, ReLU between; the last one is D.
-    head_bn: BatchNorm before each ReLU.  views: V, of an image, all of which are compared.
+    head_bn: BatchNorm before each ReLU.  views: V of each image.
     Raises ValueError for a trunk without num_features, a head of nothing, fewer than 2 views.
     """
     joint = True             # targets are of the whole batch
@@ -88,7 +91,7 @@ class SimCLR(nn.Module):
         return value + images / targets.shape[1] * (linear - linear.detach())
 
     def before_step(self, step: int) -> None:
-        """Nothing is left to do before the optimizer's step, nor after it."""
+        """Before the optimizer's step, and after it: nothing."""
 
     after_step = before_step
 
@@ -110,14 +113,12 @@ def nt_xent(embeddings: Tensor, temperature: float = 0.1, group=None, views: int
     embeddings: (2B, D), or (V*B, D), view-major, not normalised; every rank has as many.
     group: the ranks that share the batch; None: the default group if there is one.
     Returns a scalar, float32 or better: the mean over rows and their positives. The mean over ranks
-    is the joined batch's loss, and DDP's mean of gradients that loss' gradient. Takes memory for a
-    few matrices (V*B, W*V*B). Raises ValueError for rows that do not fit the views.
-    """
+    is the joined batch's loss, and DDP's mean of gradients its gradient. Memory: a few matrices
+    (V*B, W*V*B). Raises ValueError for rows that do not fit the views."""
     if embeddings.dim() != 2 or not len(embeddings) or views < 2 or len(embeddings) % views:
         raise ValueError(f"{tuple(embeddings.shape)} are not rows of {views} views, at least 2")
     with torch.autocast(embeddings.device.type, enabled=False):
-        wide = torch.promote_types(embeddings.dtype, torch.float32)
-        z = F.normalize(embeddings.to(wide), dim=1)                      # (V*B, D)
+        z = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
         rank, world = rank_and_world(group)
         all_ranks = GatherRows.apply(z, group) if world > 1 else z       # (W*V*B, D)
         own = rank * len(z) + torch.arange(len(z), device=z.device)      # each row's own column

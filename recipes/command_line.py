@@ -141,7 +141,8 @@ def rule_for(given: dict, world: int, images) -> tuple[str, dict[str, tuple[obje
     rule = {name: (value, about[name]) for name, value in RECIPES[recipe].items()}
     if method == "swav":
         return recipe, rule
-    return recipe, of_method(rule, method, len(DemoImages() if images is None else images))
+    return recipe, of_method(rule, method, len(DemoImages() if images is None else images),
+                             given.get("batch_size", 0))
 
 
 def configure(given: dict, world: int = 1, images=None) -> Config:

@@ -9,6 +9,7 @@ named set of defaults (published.py, small.py), and what a user gives wins over 
 """
 import dataclasses
 import difflib
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -37,12 +38,12 @@ def parse_head(text: str) -> tuple[int, ...]:
         raise ValueError(f"head {text!r} is not WIDTH-WIDTH-..., as in 8192-8192-256") from None
 
 
-def parse_numbers(text: str) -> tuple[float, ...]:
-    """"1,0.1" -> (1.0, 0.1)."""
+def parse_numbers(name: str, text: str) -> tuple[float, ...]:
+    """"1,0.1" -> (1.0, 0.1). name: of the option."""
     try:
         return tuple(map(float, text.split(",")))
     except ValueError:
-        raise ValueError(f"{text!r} is not NUMBER,NUMBER,..., as in 1,0.1") from None
+        raise ValueError(f"{name} {text!r} is not NUMBER,NUMBER,..., as in 1,0.1") from None
 
 
 def numbers_text(values: tuple[float, ...]) -> str:
@@ -70,8 +71,8 @@ WRITTEN = {"crops": (lambda text: tuple(parse_crops(text)), crops_text),
            "head": (parse_head, lambda widths: "-".join(map(str, widths))),
            "predictor": (parse_head, lambda widths: "-".join(map(str, widths))),
            "mean": (parse_channels, numbers_text), "std": (parse_channels, numbers_text),
-           **dict.fromkeys(("blur", "solarize", "teacher_temperature"),
-                           (parse_numbers, numbers_text))}
+           **{name: (functools.partial(parse_numbers, name), numbers_text)
+              for name in ("blur", "solarize", "teacher_temperature")}}
 
 
 def option(default, help: str, low=None, high=math.inf, choices=None):
@@ -347,8 +348,8 @@ def depth(config: Config) -> int:
 
 
 def check_ranks(config: Config, world: int) -> None:
-    """Raises ValueError where that many processes cannot share the batch, or the queue."""
-    for name in ("batch_size", "queue"):
+    """Raises ValueError where that many processes cannot share the batch, or SwAV's queue."""
+    for name in ("batch_size", "queue") if config.method == "swav" else ("batch_size",):
         if getattr(config, name) % world:
             fitting = max(1, getattr(config, name) // world) * world
             raise ValueError(f"{flag(name)} {getattr(config, name)} is not divisible by {world} "

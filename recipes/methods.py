@@ -117,7 +117,7 @@ def small_of(method: str, count: int, batch: int) -> dict[str, tuple[object, str
         "mocov2": {"crops": PAIR, "lr": slower, "temperature": (0.2, "as published"),
                    "target_momentum": (0.99, "a short run needs a faster copy than 0.999; at "
                                              "0.96 3 points less"),
-                   "queue": (max(batch, min(2048, count // batch * batch)),
+                   "queue": (max(batch, min(2048, count) // batch * batch),
                              "of the set's images, but at most 2,048 (not measured)")},
         "byol": {"crops": PAIR, "lr": slower, "predictor": ("256-64", "as the head"),
                  "target_momentum": (0.99, "a short run needs a faster copy than 0.996; at 0.96 "

@@ -111,11 +111,11 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
     return of_method(rule, method, count)
 
 
-def of_method(rule: dict, method: str, count: int) -> dict:
-    """A rule of SwAV's for another method. count: images of the set."""
+def of_method(rule: dict, method: str, count: int, batch: int = 0) -> dict:
+    """A rule of SwAV's for another method. count: images of the set.  batch: 0: the rule's."""
     others = options_of_others(method)
     kept = {name: value for name, value in rule.items() if name not in others}
-    return kept | small_of(method, count, rule["batch_size"][0])
+    return kept | small_of(method, count, batch or rule["batch_size"][0])
 
 
 def remedies(config: Config) -> str:
@@ -128,7 +128,8 @@ def remedies(config: Config) -> str:
                    "head_bn": True}
     else:
         rule = small_of(config.method, SMALL, config.batch_size)
-        helped |= {name: value for name, (value, _) in rule.items() if name != "crops"}
+        helped |= {name: value for name, (value, _) in rule.items()
+                   if name not in ("crops", "queue", "prototypes")}     # rules of the number
     helped |= {"gray": 0.0, "blur": "0"}
     if config.method == "swav":
         helped |= {"freeze_prototypes": 0}

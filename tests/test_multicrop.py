@@ -205,6 +205,8 @@ def test_crops_differ_in_blur_and_solarize():
     assert abs(sum(p["solarize"] for p in second) / 2000 - 0.2) < 0.03
     # where nothing is solarized, nothing is drawn for it: older runs go on as they were
     assert first == [dict(zip(PARAMS, plain.draw(rngs[1]))) for _ in range(2000)]
+    third = [dict(zip(PARAMS, crop.draw(rngs[0], 0, 2))) for _ in range(100)]
+    assert not any(p["sigma"] for p in third) and any(p["solarize"] for p in third)     # as the 2nd
 
 
 # --------------------------------------------------------------------------------- augmentation

@@ -15,6 +15,7 @@ from recipes.config import Config
 from recipes.small import remedies
 from swav import geometry
 
+ROWS = 1024
 CHANCE = "the loss is not below 99 % of that of predictions that know nothing"
 # a number of the log: whether it tells of a collapse, and what is seen; {} is the number
 SIGNS = {
@@ -42,19 +43,20 @@ def symptoms(statistics: dict[str, float], dim: int) -> dict[str, str]:
     seen = {name: meaning.format(statistics[name]) for name, (tells, meaning) in SIGNS.items()
             if name in statistics and tells(statistics[name])}
     rank = statistics.get("effective_rank", dim)
-    if rank < max(1.5, 0.02 * dim):
+    if rank < max(1.5, min(5, 0.02 * dim)):         # of few rows the rank is low for a large dim
         seen["effective_rank"] = (f"the embeddings' effective rank is {rank:.1f}"
                                   + f" of {dim}" * (dim > 0) + ": they lie nearly on a line")
     return seen
 
 
 def statistics_of(method: nn.Module, outputs: tuple[Tensor, ...], loss: Tensor) -> dict[str, float]:
-    """A method's own, and how its embeddings lie (swav.geometry). outputs: of forward, or of
-    assigned. Waits for the device."""
+    """A method's own, and how its embeddings lie (swav.geometry), of ROWS of them at most. outputs:
+    of forward, or of assigned. Waits for the device."""
     own = method.statistics(outputs, loss)
     if "effective_rank" in own:
         return own
-    return own | geometry(F.normalize(outputs[0].detach().flatten(0, -2).float(), dim=1))
+    rows = outputs[0].detach().flatten(0, -2)[:ROWS].float()
+    return own | geometry(F.normalize(rows, dim=1))
 
 
 class Watchdog:

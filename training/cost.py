@@ -164,6 +164,10 @@ def memory(cost: Cost, config: Config, micro_batch: int, checkpointing: bool, ra
                   whole_memory(cost, config, micro_batch, checkpointing, padded, dtype))
     if config.method != "swav":
         parameters["momentum encoder, queue, memory"] = cost.still
+        # in float32: values, what log-softmax or squares keep, and gradients
+        parameters["matrices of the loss"] = 16 * {
+            "simclr": views ** 2 * share * config.batch_size,
+            "barlow_twins": config.head[-1] ** 2}.get(config.method, 0)
     return parameters | {
         "activations of the trunk": micro_batch * kept,
         "head, scores and loss": micro_batch * loss + codes,

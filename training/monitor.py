@@ -132,6 +132,10 @@ def start_lines(run: Run) -> str:
     if (run.device.type != "cpu" and config.recipe not in ("demo", "small")     # these: minutes
             and config.method == "swav"):
         takes = f", {expected_time(config, run.dtype, world)}"
+    pending = run.pending["events"]
+    if config.method == "deepcluster_v2" and config.steps <= count / config.batch_size:
+        pending = [*pending, "warning: deepcluster_v2 learns from its second epoch on, and the run "
+                   "ends before it: give it more --steps"]
     source = config.data or "the built-in demo images (--data DIR trains on your own)"
     norms = ""
     if config.sync_bn_group > 1:
@@ -151,7 +155,7 @@ def start_lines(run: Run) -> str:
             + "; compiled: the first step takes its time" * config.compile
             + norms + f"; {batches.workers} workers{ahead}; run folder {config.out}"
             + (f"; resumed after step {run.start}" if run.start else "")
-            + "".join(f"\n{event}" for event in run.pending["events"]))
+            + "".join(f"\n{event}" for event in pending))
 
 
 def method_text(config: Config) -> str:

@@ -86,6 +86,19 @@ resnet50w2 100    rn50w2_100ep         16_07 05b37ec3
 resnet50w2 1000   rn50w2_1000ep        16_07 e1e3bbf0
 resnet50w4 1000   rn50w4_1000ep_bs32_16node 28_07 9e20b0ae
 """
+# SwAV of VISSL: what stands in the URL
+_VISSL_SWAV = """
+network    run         folder
+resnet50   100ep       swav_in1k_rn50_100ep_swav_8node_resnet_27_07_20.7e6fc6bf
+resnet50   200ep       swav_in1k_rn50_200ep_swav_8node_resnet_27_07_20.bd595bb0
+resnet50   400ep       swav_in1k_rn50_400ep_swav_8node_resnet_27_07_20.a5990fc9
+resnet50   800ep       swav_in1k_rn50_800ep_swav_8node_resnet_27_07_20.a0a6b676
+resnet50   200ep_bs256 swav_4gpu_bs64_200ep_2x224_6x96_queue_swav_8node_resnet_28_07_20.a8f2c735
+resnet50   400ep_bs256 swav_4gpu_bs64_400ep_2x224_6x96_queue_swav_8node_resnet_28_07_20.5e967ca0
+resnet50   400ep_2x224 swav_8node_2x224_rn50_in1k_swav_8node_resnet_30_07_20.c8fd7169
+resnet50w2 400ep       swav_rn50w2_in1k_bs32_16node_400ep_swav_8node_resnet_30_07_20.93563e51
+resnet50w4 400ep       swav_rn50w4_in1k_bs40_8node_400ep_swav_8node_resnet_30_07_20.1736135b
+"""
 _BARLOW = "https://dl.fbaipublicfiles.com/barlowtwins/ep1000_bs2048_lrw0.2_lrb0.0048_lambd0.0051/"
 _LIGHTLY = "https://lightly-ssl-checkpoints.s3.amazonaws.com/imagenet_resnet50_"
 # torchvision and SWAG: the end of a file's name is the beginning of its SHA-256
@@ -161,6 +174,10 @@ def _of_methods() -> Iterator[tuple[str, Official]]:
             f"{_VISSL}simclr_{run}_simclr_8node_resnet_{date}_20.{digest}/"
             f"model_final_checkpoint_phase{int(epochs) - 1}.torch", "vissl", "SimCLR of VISSL"
         )._replace(arch=arch)
+    for arch, run, folder in _rows(_VISSL_SWAV):
+        yield f"vissl_swav_{arch}_{run}", entry(
+            f"{_VISSL}{folder}/model_final_checkpoint_phase{int(run[:3]) - 1}.torch", "vissl",
+            "SwAV of VISSL")._replace(arch=arch)
     yield "vissl_mocov2_resnet50_200ep", entry(
         f"{_VISSL}moco_v2_1node_lr.03_step_b32_zero_init/model_final_checkpoint_phase199.torch",
         "vissl", "MoCo v2 of VISSL")

@@ -104,6 +104,14 @@ def options(out, **more):
     return argparse.Namespace(**vars(evaluate.parse(["compare", str(out), *QUICK])) | more)
 
 
+def test_a_failure_does_not_take_the_place_of_numbers(out):
+    before = read_cells(out)
+    failed = {"method": "swav", "failed": "full"}
+    for seed in (0, 7):
+        write_cell(out, failed | {"seed": seed})
+    assert read_cells(out) == before | {("swav", 7): failed | {"seed": 7}}
+
+
 def test_finished_cells_are_skipped_and_failed_ones_tried_again(out, monkeypatch):
     """Runs and measurements are stand-ins; seed 3 of simclr failed before, seed 0 fails now."""
     started, recipe = [], argparse.Namespace(arch="regnety_100mf", steps=50, batch_size=128)

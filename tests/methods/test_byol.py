@@ -30,7 +30,11 @@ def test_the_loss_is_a_mean_over_rows_by_hand():
     rows = [2 - 2 * sum(a * b for a, b in zip(x, y)) / math.sqrt(
         sum(a * a for a in x) * sum(b * b for b in y)) for x, y in zip(p.tolist(), z.tolist())]
     assert byol_loss(p, z).item() == pytest.approx(sum(rows) / 5, abs=1e-12)
-    assert torch.autograd.gradcheck(byol_loss, (p.requires_grad_(), z.requires_grad_()))
+    assert torch.autograd.gradcheck(byol_loss, (p.requires_grad_(), z))
+    byol_loss(p, z.requires_grad_()).backward()
+    assert z.grad is None                                           # the targets' network is fixed
+    with pytest.raises(ValueError, match=r"\(5, 7\) and \(1, 7\)"):
+        byol_loss(p, z[:1])
 
 
 @pytest.mark.parametrize("second, expected", [([[3, 0], [0, 5]], 0), ([[0, 2], [1, 0]], 2),

@@ -82,6 +82,12 @@ def test_rows_that_do_not_fit_are_refused(student, teacher, crops):
         dino_loss(torch.zeros(student, 5), torch.zeros(teacher, 5), torch.zeros(5), crops)
 
 
+@pytest.mark.parametrize("teacher, center", [(1, 5), (5, 1)])
+def test_outputs_of_another_number_are_refused(teacher, center):
+    with pytest.raises(ValueError, match="do not fit"):
+        dino_loss(torch.zeros(12, 5), torch.zeros(6, teacher), torch.zeros(center), 4)
+
+
 # -------------------------------------------------------------------------------------- the model
 @pytest.mark.parametrize("bn, layers", [(False, [nn.GELU]), (True, [nn.BatchNorm1d, nn.GELU])])
 def test_the_head_is_as_published(bn, layers):

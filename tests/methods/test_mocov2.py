@@ -34,8 +34,12 @@ def test_the_loss_by_hand():
     assert info_nce(q, k, queue, 0.3).item() == pytest.approx(total, abs=1e-12)
     assert info_nce(5 * q, k / 3, 2 * queue, 0.3).item() == pytest.approx(total, abs=1e-12)
     assert info_nce(q, k, queue).item() == info_nce(q, k, queue, 0.2).item()
-    inputs = [x.requires_grad_() for x in (q, k, queue)]
-    assert torch.autograd.gradcheck(info_nce, (*inputs, 0.3))
+    assert torch.autograd.gradcheck(info_nce, (q.requires_grad_(), k, queue, 0.3))
+    info_nce(q, k.requires_grad_(), queue.requires_grad_()).backward()
+    assert k.grad is queue.grad is None                             # the key encoder is fixed
+    for keys, others in (k[:1], queue), (k, queue[:, :1]):
+        with pytest.raises(ValueError, match="queries and keys"):
+            info_nce(q, keys, others)
 
 
 def test_the_loss_of_a_collapsed_and_of_a_perfect_embedding():

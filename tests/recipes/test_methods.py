@@ -1,9 +1,13 @@
 """recipes/methods.py: the other methods' published recipes, against the numbers of their papers."""
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from data.demo import DemoImages
 from methods.build import METHODS, build_method, options_of_others
 from multicrop import MultiCrop
 from recipes.command_line import choose_recipe, configure, explain
@@ -104,6 +108,43 @@ def test_the_demos_peak_learning_rate(method):
     assert configure({"method": method}).peak_lr() == pytest.approx(expected)
 
 
+class Lazy(Sequence):
+    """Crops that are computed when they are asked for, as data.loader's on a device."""
+
+    def __init__(self, crops):
+        self.crops, self.asked = crops, []
+
+    def __len__(self):
+        return len(self.crops)
+
+    def __getitem__(self, i):
+        crops = self.crops[i]                                       # at the end IndexError
+        self.asked.append(i)
+        return crops
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_crop_is_asked_for_once(method):
+    config = configure({"method": method, "recipe": "demo", "prototypes": 8} if "prototypes"
+                       in METHODS[method].options.split() else {"method": method})
+    model = build_method(config)
+    crops = Lazy([torch.zeros(2 * spec.count, 3, 32, 32) for spec in config.crops])
+    with torch.no_grad():
+        model(crops)
+    assert crops.asked == [*range(len(crops))]
+
+
+def test_a_rule_follows_the_batch_and_the_processes():
+    assert configure({"method": "byol", "batch_size": 512}).peak_lr() == pytest.approx(2.4)
+    images = DemoImages("train", 4096)
+    for world in (3, 6, 12):                                        # MoCo's queue is whole on each
+        config = configure({"method": "mocov2", "recipe": "small"}, world, images)
+        assert config.queue % config.batch_size == 0 and 1900 < config.queue <= 2048
+    dino = configure({"recipe": "dino"})
+    longer = replace(dino, steps=10 * dino.steps, extended_at=dino.steps)
+    assert build_method(longer, "meta").warmup == build_method(dino, "meta").warmup
+
+
 @pytest.mark.parametrize("given, images, name", [
     ({"method": "byol", "arch": "resnet50"}, None, "byol"),
     ({"method": "byol", "data": "many"}, Many(IMAGENET), "byol"),
@@ -124,6 +165,7 @@ def test_the_recipe_follows_from_the_method(given, images, name):
     ({"method": "byol", "recipe": "seer"}, "--recipe seer is for --method swav; byol has"),
     ({"method": "byol", "recipe": "byoll"}, "unknown recipe 'byoll'; there is byol"),
     ({"recipe": "byol", "epsilon": 0.03}, "--method byol takes no --epsilon"),
+    ({"recipe": "byol", "blur": "x"}, "blur 'x' is not NUMBER"),
     ({"recipe": "byol", "crops": "2x64+4x32"}, "--crops 2x64.*: byol needs .*exactly two"),
     ({"recipe": "dino", "crops": "1x64+4x32"}, "--crops 1x64.*: dino needs .*two of the first")])
 def test_what_a_method_cannot_take_is_refused(given, message):

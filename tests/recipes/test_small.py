@@ -87,6 +87,10 @@ def test_remedies_name_what_differs_from_what_helped():
         "--gray 0 (now 0.2)", "--blur 0 (now 0.5)", "--freeze-prototypes 0 (now 313)"]
     assert "--head-bn" in remedies(configure({"arch": "regnety_256gf"})).split(", ")
     assert remedies(configure({"lr": 1.2})).split(", ") == ["--lr 9.6 (now 1.2)"]
+    for method in ("mocov2", "deepcluster_v2"):                     # their numbers follow the set's
+        rule = small(survey_of(200), {"method": method})
+        config = Config(method=method, **{name: value for name, (value, _) in rule.items()})
+        assert remedies(config).startswith("nothing that is known")
 
 
 def test_a_run_at_the_values_that_helped_is_told_what_is_left():

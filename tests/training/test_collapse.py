@@ -56,6 +56,8 @@ def test_the_watchdog_names_each_collapse():
         assert words in meaning
     assert "rank is 1.2: they" in symptoms(healthy | {"effective_rank": 1.2}, 0)["effective_rank"]
     assert symptoms({"clusters_used": 0.0}, 64) == {}           # DeepCluster-v2's first epoch
+    assert symptoms({"effective_rank": 110.0}, 8192) == {}      # Barlow Twins, of 128 rows
+    assert "rank is 4.0 of 8192" in symptoms({"effective_rank": 4.0}, 8192)["effective_rank"]
     # an embedding of one point, as swav.py measures it
     point = F.normalize(torch.ones(256, 8), dim=1)
     scores = point @ F.normalize(torch.randn(100, 8), dim=1).t()
