@@ -13,7 +13,8 @@ from recipes.published import IMAGENET_MEAN, IMAGENET_STD, SWAV
 # released ResNet-50, as others quote it. What no option expresses: LARS takes one norm of gradient
 # and decay (LARC adds two); SimCLR, BYOL, Barlow Twins and DINO resize crops bicubically; the code
 # of BYOL and Barlow Twins begins with 0 in each block's last BatchNorm; BYOL adds to the
-# brightness, and does not multiply it; pycls adds PCA lighting.
+# brightness, and does not multiply it; pycls adds PCA lighting; main_dino.py clips gradients; and
+# rates that fall by steps, as VISSL's supervised and MoCo v2's do: theirs here fall by a cosine.
 _RESNET = {
     "arch": ("resnet50", "paper"), "mean": (IMAGENET_MEAN, "its code: ImageNet's"),
     "std": (IMAGENET_STD, "its code: ImageNet's"), "momentum": (0.9, "its code"),
