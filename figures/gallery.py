@@ -145,4 +145,5 @@ def write(folder: str | os.PathLike, images: Images, tiles: Iterable[Tensor], ti
             "labels": None if images.labels is None else images.labels.tolist(),
             "classes": [readable(name) for name in images.classes]}
     write_sprites(folder, tiles, len(images.names))
-    write_whole(folder / "index.html", TEMPLATE.read_text().replace("DATA_AS_JSON", to_json(data)))
+    page = TEMPLATE.read_text(encoding="utf-8")
+    write_whole(folder / "index.html", page.replace("DATA_AS_JSON", to_json(data)))
