@@ -122,12 +122,9 @@ def write(folder: str | os.PathLike, images: Images, tiles: Iterable[Tensor], ti
     """The gallery, into a folder; its page last.
 
     tiles: a square image each, uint8 (3, s, s), in the images' order.  originals: address of the
-    folder that the names are relative to, seen from the page; none: they are not linked. Raises
-    ValueError for features that are not finite.
+    folder that the names are relative to, seen from the page; none: they are not linked.
     """
     folder = Path(folder)
-    if not images.features.isfinite().all():
-        raise ValueError("some features are not finite: the network is damaged")
     points, shares = principal_axes(images.features)
     points = points - (points.amax(0) + points.amin(0)) / 2     # between -1 and 1
     points = points / points.abs().max().clamp(min=1e-12)

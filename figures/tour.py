@@ -77,8 +77,8 @@ def scores(album: Album, run: LoadedRun) -> Section:
         "scores", "A table of cosines; above it, how often each prototype is the nearest one.", 4.6,
         draw.scores, cosines, run.prototypes)
     part = "" if cosines.shape[1] == run.prototypes else (
-        f" Of the {run.prototypes:,} prototypes the first {cosines.shape[1]} are shown, here and in "
-        "sections 5 and 6, as if there were no others.")
+        f" Of the {run.prototypes:,} prototypes the first {cosines.shape[1]} are shown, here and "
+        "in sections 5 and 6, as if there were no others.")
     members = torch.bincount(cosines.argmax(1), minlength=cosines.shape[1]).sort(descending=True)[0]
     text = f"""<p>The trunk and a small head, the <em>projection head</em>, map each crop to an
 <em>embedding</em> <i>z</i>, a vector of length 1. There are <i>K</i> <em>prototypes</em>
@@ -86,9 +86,9 @@ def scores(album: Album, run: LoadedRun) -> Section:
 crop are its cosines with them, <i>z</i><sup>⊤</sup><i>c<sub>k</sub></i>. <i>B</i> is the number of
 images in a batch.</p>
 <p>These scores are from step {run.moments[0].step:,} of the run in section 9. Three prototypes
-are the nearest to {members[:3].sum() / members.sum():.0%} of the images.{part} If each image took its
-nearest prototype as its cluster, the network could put all images into one cluster: then it
-predicts perfectly, and has learned nothing. This is called collapse.</p>"""
+are the nearest to {members[:3].sum() / members.sum():.0%} of the images.{part} If each
+image took its nearest prototype as its cluster, the network could put all images into one cluster:
+then it predicts perfectly, and has learned nothing. This is called collapse.</p>"""
     return Section("Scores: crops and prototypes", text, picture, [Code(SwAV.forward)])
 
 
@@ -125,8 +125,8 @@ def epsilon(album: Album, run: LoadedRun) -> Section:
                             "for large epsilon.", 3.0, draw.epsilons, run.scores())
     text = f"""<p>ε is the weight of the entropy in equation 3. With a small ε each image goes to
 one prototype. With a large one it is spread over all, and the code, nearly 1/<i>K</i>
-everywhere, is the same for all images. The shares of the prototypes become equal for every ε. SwAV takes 0.05,
-SEER's largest network 0.03, this run {run.epsilon:g}.</p>
+everywhere, is the same for all images. The shares of the prototypes become equal for every ε. SwAV
+takes 0.05, SEER's largest network 0.03, this run {run.epsilon:g}.</p>
 <p>Below 0.03, exp(score / ε) may overflow; there the project computes with logarithms, as in the
 code of section 5.</p>"""
     return Section("Epsilon: how sharp the codes are", text, picture,
@@ -221,9 +221,9 @@ def progress(album: Album, run: LoadedRun) -> Section:
         4.6, draw.curves, curve, [moment.step for moment in run.moments])
     text = f"""<p>{curve.columns[0][-1]:,} steps in batches of {run.config["batch_size"]:,}
 images, with {run.prototypes:,} prototypes and without labels. In training from random weights the
-loss begins near ln <i>K</i>: codes and predictions are nearly the same for all images. It falls
-when images differ in their codes, and the crops of an image agree. <em>In use</em> are the prototypes that are the nearest to some crop of the
-batch; few in use are a sign of collapse.</p>
+loss begins near ln <i>K</i>, that of uniform predictions. It falls when the codes of images differ,
+and those of the crops of an image agree. <em>In use</em> are the prototypes that are the nearest to
+some crop of the batch; few in use are a sign of collapse.</p>
 <p>A step is what this page has shown: crops to embeddings and scores, scores to codes, codes to the
 loss. Then come the optimizer's step (LARC: SGD with a rate for each layer), and the prototypes go
 back to length 1. <code>train.py</code> has the loop of a long run.</p>"""

@@ -112,7 +112,8 @@ def test_highlighting_changes_no_letter():
 def test_all_code_of_the_sections_is_on_the_page(loaded):
     album = Blank()
     sections = [line(album), space(album, count=4, clocked=2, resolution=32), crops(album)]
-    sections += [part(album, loaded) for part in (scores, plan, epsilon, swapped, progress, moments)]
+    sections += [part(album, loaded)
+                 for part in (scores, plan, epsilon, swapped, progress, moments)]
     sections.append(queue(album, loaded, size=2))
     plain = on_page(sections, page("Title", "<p>Intro</p>", sections))
     assert "self.w_0 + self.w_a * j" in plain and "model.targets(outputs, step)" in plain
