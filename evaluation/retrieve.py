@@ -178,7 +178,8 @@ def draw(task: EvalTask, benchmark: Benchmark, outcomes: dict[str, Outcome], dat
         best, found = wrong.topk(min(options.columns, int(wrong.isfinite().sum())))
         right = max(truth.positives, key=lambda p: similarity[p])
         rows.append(Row(name.replace(", ", ",\n"), [
-            Tile(task.tile(benchmark.queries, i), [benchmark.queries.name(i)]),
+            Tile(task.tile(benchmark.queries, i),
+                 [benchmark.queries.name(i).removesuffix(f" ({name})")]),
             Tile(task.tile(benchmark.database, right), [f"rank {rank + 1:,}",
                                                         f"{similarity[right]:.3f}"], True), None,
             *(Tile(task.tile(benchmark.database, j), [benchmark.database.name(j), f"{cosine:.3f}"],
