@@ -14,9 +14,10 @@ An image's features are pooled (pooling.py), whitened on the images themselves a
 norm. Two images whose similarity is at least the threshold are near-duplicates, and so are those
 that a chain of such pairs joins. The rule for the threshold: of the logarithm of an image's
 distance to its nearest other, 1 - similarity, the median less SPREADS times the distance from the
-median to the upper quartile; but a similarity of LEAST is needed. Duplicates are in the lower half
+median to the upper quartile; but at least LEAST and at most MOST. Duplicates are in the lower half
 and move neither much, as long as they are a minority; where they are not, the threshold is too
-high, and finds too few.
+high, and finds exact copies alone. Of a group those images are left out that are near one that is
+kept: of a chain, in which the first and the last are not alike, more than one is kept.
 
 Shapes: N images, C features, K components.
 """
@@ -25,6 +26,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -41,18 +43,29 @@ from figures.sheets import Row, Tile, sheet
 
 SPREADS = 3.0                            # of a normal distribution this is two deviations
 LEAST = 0.9                              # where all images are far apart, none is a duplicate
+MOST = 1 - 1e-4                          # exact copies, to rounding
 PER_COMPONENT = 8                        # images, at least, for each component of the whitening
 COMPONENTS = 32                          # with fewer there is no whitening: it would lose too much
 
 
 def whiten(x: Tensor, components: int) -> Tensor:
     """(N, C) -> of unit norm, (N, K): PCA whitened, with at most `components`, and at most one for
-    PER_COMPONENT images; (N, C), not whitened, where this leaves fewer than COMPONENTS."""
+    PER_COMPONENT images; (N, C), not whitened, where this leaves fewer than COMPONENTS, and where
+    all rows are the same. Memory: one more (N, C)."""
     components = min(components, len(x) // PER_COMPONENT)
-    if min(components, x.shape[1]) >= COMPONENTS:
-        sums = [(part.sum(0), part.t() @ part) for part in map(Tensor.double, x.split(4096))]
-        x = whitening(len(x), *map(sum, zip(*sums)), components)(x)
-    return F.normalize(x, dim=1)
+    if min(components, x.shape[1]) < COMPONENTS:
+        return F.normalize(x, dim=1)
+    total, products = 0.0, 0.0
+    for part in map(Tensor.double, x.split(4096)):
+        total, products = total + part.sum(0), products + part.t() @ part
+    squares = products.trace() / len(x)
+    if squares - (total / len(x)).square().sum() < 1e-10 * squares:     # rounding alone
+        return F.normalize(x, dim=1)
+    transform = whitening(len(x), total, products, components)
+    white = x.new_empty(len(x), transform.projection.shape[1])
+    for part, out in zip(x.split(4096), white.split(4096)):
+        out.copy_(F.normalize(transform(part), dim=1))
+    return white
 
 
 def nearest_similarities(x: Tensor, use_faiss: bool = False) -> Tensor:
@@ -69,13 +82,13 @@ def choose_threshold(similarity: Tensor) -> float:
     the rule is above."""
     distance = (1 - similarity.double()).clamp(min=1e-7).log().numpy()
     median, upper = numpy.quantile(distance, [0.5, 0.75])
-    return max(LEAST, float(1 - numpy.exp(median - SPREADS * (upper - median))))
+    return min(MOST, max(LEAST, float(1 - numpy.exp(median - SPREADS * (upper - median)))))
 
 
 def groups(x: Tensor, similarity: Tensor, threshold: float) -> list[list[int]]:
     """Connected components of the pairs whose similarity is at least the threshold: of two or more
-    images each, the largest first. Memory as of search.similarities, and 24 bytes for a pair of a
-    block.
+    images each, the largest first. Memory as of search.similarities, and a byte for each number of
+    a block.
 
     x: (N, C) of unit norm.  similarity: to the nearest other, (N,): no other image is in a pair.
     """
@@ -111,9 +124,26 @@ def from_first(x: Tensor, size: Callable[[int], int],
     return [first, *others[order].tolist()], [1.0, *similarity.tolist()]
 
 
+def kept_of(x: Tensor, threshold: float) -> list[bool]:
+    """A group's images in order (n, C) -> whether each is kept: no image kept before is near it."""
+    near, kept = torch.zeros(len(x), dtype=torch.bool, device=x.device), []
+    for i, image in enumerate(x):
+        kept.append(not near[i])
+        if kept[-1]:
+            near |= x @ image >= threshold - 1e-6       # to rounding
+    return kept
+
+
+class Group(NamedTuple):
+    """Images joined by near-duplicates, the largest file first, then the nearest to it."""
+    images: list[int]                    # their numbers
+    similarity: list[float]              # of each to the first
+    kept: list[bool]
+
+
 def run(task: EvalTask) -> dict:
-    """A CSV of group, name and similarity to the group's first; the list of images to keep, without
-    all but the first of each group; how many there are."""
+    """A CSV of group, name, similarity to the group's first and whether it is kept; the list of
+    images to keep; how many there are."""
     options, images = task.options, task.images()
     if len(options.depths) > 1:
         raise ValueError("duplicates takes one depth")
@@ -123,7 +153,8 @@ def run(task: EvalTask) -> dict:
     readable = ok.nonzero()[:, 0]
     if len(readable) < 4:
         raise ValueError("duplicates needs four images that can be read")
-    x = whiten(x[ok], options.components).to(task.device)
+    x = x[ok]
+    x = whiten(x, options.components).to(task.device)
     similarity = nearest_similarities(x, options.faiss)
     threshold = options.threshold or choose_threshold(similarity)
     out, numbers = Path(options.out or "duplicates.csv"), readable.tolist()
@@ -135,24 +166,29 @@ def run(task: EvalTask) -> dict:
     def size(i: int) -> int:             # of a row of x
         return len(images[numbers[i]])
 
-    found = [from_first(x, size, group) for group in groups(x, similarity, threshold)]
-    found = [([numbers[i] for i in group], cosines) for group, cosines in found]
+    found = []
+    for members in groups(x, similarity, threshold):
+        order, cosines = from_first(x, size, members)
+        found.append(Group([numbers[i] for i in order], cosines, kept_of(x[order], threshold)))
+    dropped = {i for group in found for i, kept in zip(group.images, group.kept) if not kept}
     write(out, images, found)
-    dropped = {i for group, _ in found for i in group[1:]}
     kept = write_kept(keep_file(out), images, [i for i in numbers if i not in dropped])
     result |= {"groups": len(found), "duplicates": len(dropped), "keep": kept and str(kept)}
     if options.sheet and found:
         draw(task, images, found, result)
+    elif options.sheet:
+        print("no near-duplicates were found: no sheet", file=sys.stderr)
     return result
 
 
-def write(out: Path, images, found: list[tuple[list[int], list[float]]]) -> None:
+def write(out: Path, images, found: list[Group]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", newline="", errors="surrogateescape") as file:
         table = csv.writer(file)
-        table.writerow(["group", "name", "similarity"])
-        table.writerows((number, images.name(i), f"{cosine:.6f}")
-                        for number, group in enumerate(found, 1) for i, cosine in zip(*group))
+        table.writerow(["group", "name", "similarity", "kept"])
+        table.writerows((number, images.name(i), f"{cosine:.6f}", int(kept))
+                        for number, group in enumerate(found, 1)
+                        for i, cosine, kept in zip(*group))
 
 
 def keep_file(out: Path) -> Path:
@@ -166,19 +202,23 @@ def write_kept(path: Path, images, kept: list[int]) -> Path | None:
     names = [os.path.abspath(os.path.join(images.root, images.name(i)))
              for i in kept if isinstance(images, Files)]
     if not names or any("\n" in name or "\r" in name for name in names):
-        print("no list of images to keep: it needs files with names of one line", file=sys.stderr)
+        print("no list of images to keep: that needs files, without line breaks in their names",
+              file=sys.stderr)
         return None
     path.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in names))
     return path
 
 
-def draw(task: EvalTask, images, found: list[tuple[list[int], list[float]]], result: dict) -> None:
-    """--sheet: a row a group, the most doubtful first."""
+def draw(task: EvalTask, images, found: list[Group], result: dict) -> None:
+    """--sheet: a row a group, the most doubtful first: its first image, then the least similar."""
     options = task.options
-    order = sorted(range(len(found)), key=lambda g: min(found[g][1]))[:options.rows]
-    rows = [Row(f"group {g + 1}\n{len(found[g][0]):,} images", [
-        Tile(task.tile(images, i), [images.name(i), f"{cosine:.4f}" if n else "kept"])
-        for n, (i, cosine) in enumerate(zip(*found[g])) if n < options.columns]) for g in order]
+    order = sorted(range(len(found)), key=lambda g: min(found[g].similarity))[:options.rows]
+    rows = []
+    for g in order:
+        (first, *others) = zip(*found[g])
+        rows.append(Row(f"group {g + 1}\n{1 + len(others):,} images", [
+            Tile(task.tile(images, i), [images.name(i), f"{cosine:.4f}" + ", kept" * kept])
+            for i, cosine, kept in [first, *others[::-1]][:options.columns]]))
     sheet(options.sheet, caption(result, len(rows)), rows)
 
 
@@ -187,5 +227,5 @@ def caption(result: dict, shown: int) -> str:
     return (f"Near-duplicates: {result['groups']:,} groups among {result['images']:,} images, "
             f"joined by pairs with a similarity of at least {result['threshold']:.4f}; "
             f"{result['duplicates']:,} images are left out of the list.\nA row each for {shown:,} "
-            "of them, the most doubtful first: the image that is kept, the largest file, then the "
-            "others with their similarity to it.")
+            "of them, the most doubtful first: the largest file, then the others with their "
+            "similarity to it, the least similar first.")

@@ -137,7 +137,8 @@ def extract(network: nn.Module, images: Sequence[tuple[Tensor, bool]],
             **options) -> tuple[list[Tensor], Tensor]:
     """All batches in one: each output of the network (N, C), and which images could be read (N,).
 
-    images, options: as for in_batches. Raises ValueError where no image could be read.
+    images, options: as for in_batches. Raises ValueError where no image could be read, and for
+    features that are not finite.
     """
     share = my_share(len(images))
     batches = list(in_batches(network, Subset(images, share), **options)) if share else []
@@ -152,6 +153,8 @@ def extract(network: nn.Module, images: Sequence[tuple[Tensor, bool]],
         ok = torch.cat([ok for _, ok in ranks])
     if not ok.any():
         raise ValueError("no image could be read")
+    if not all(x.isfinite().all() for x in outputs):
+        raise ValueError("features are not finite: the network is damaged")
     return outputs, ok
 
 

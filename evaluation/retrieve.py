@@ -96,6 +96,8 @@ def run(task: EvalTask) -> dict:
     """Mean average precision and recall at 1 of each protocol; with several depths first those of
     the best one."""
     options, preprocessing = task.options, task.preprocessing
+    if options.crop_ratio is not None and not options.attack:
+        raise ValueError("--crop-ratio is of --attack: the published sets' images are shown whole")
     if options.attack:
         benchmark = attacked(task.images(), options.queries, options.seed)
         crops, extra, shape = preprocessing.center_crops, {}, {}
@@ -128,10 +130,13 @@ def run(task: EvalTask) -> dict:
                   file=sys.stderr)
     best = max(range(len(rows)), key=lambda i: rows[i]["map"])
     if options.sheet and is_main():
-        draw(task, benchmark, *results[best])
+        draw(task, benchmark, *results[best], readable)
+    lost, unread = ((~ok).nonzero()[:, 0].tolist() for ok in (readable, found))
+    if options.attack:                   # an attacked image that cannot be read is one of these
+        unread = {benchmark.queries.source(i) for i in unread} - {*lost}
     return rows[best] | {
         "pool": options.pool, "whiten": options.whiten, "queries": int(found.sum()),
-        "database": int(readable.sum()), "left_out": int((~found).sum() + (~readable).sum()),
+        "database": int(readable.sum()), "left_out": len(lost) + len(unread),
         **shape} | ({"all": rows} if len(rows) > 1 else {})
 
 
@@ -151,7 +156,7 @@ def open_descriptors(task: EvalTask, crops=None, extra: dict | None = None) -> D
 
 
 def draw(task: EvalTask, benchmark: Benchmark, outcomes: dict[str, Outcome], database: Tensor,
-         queries: Tensor) -> None:
+         queries: Tensor, readable: Tensor) -> None:
     """--sheet: queries whose first image is wrong, of each protocol in turn those whose right image
     comes last: a row has the query, the right image, and what came first."""
     options, outcomes = task.options, headline(outcomes)
@@ -167,13 +172,14 @@ def draw(task: EvalTask, benchmark: Benchmark, outcomes: dict[str, Outcome], dat
     rows = []
     for name, i, rank in chosen:
         truth = benchmark.protocols[name][i]
-        similarity = (database @ queries[i]).cpu()
+        similarity = (database @ queries[i]).cpu().masked_fill(~readable, -torch.inf)
         wrong = similarity.clone()
         wrong[truth.positives + truth.junk] = -torch.inf
-        best, found = wrong.topk(min(options.columns, len(wrong)))
+        best, found = wrong.topk(min(options.columns, int(wrong.isfinite().sum())))
         right = max(truth.positives, key=lambda p: similarity[p])
         rows.append(Row(name.replace(", ", ",\n"), [
-            Tile(task.tile(benchmark.queries, i), [benchmark.queries.name(i)]),
+            Tile(task.tile(benchmark.queries, i),
+                 [benchmark.queries.name(i).removesuffix(f" ({name})")]),
             Tile(task.tile(benchmark.database, right), [f"rank {rank + 1:,}",
                                                         f"{similarity[right]:.3f}"], True), None,
             *(Tile(task.tile(benchmark.database, j), [benchmark.database.name(j), f"{cosine:.3f}"],
@@ -181,7 +187,7 @@ def draw(task: EvalTask, benchmark: Benchmark, outcomes: dict[str, Outcome], dat
     most = max(len(row.tiles) for row in rows) - 3
     heads = ["query", "right", "", *(f"wrong {n + 1}" for n in range(most))]
     asked = sum(len(outcome.queries) for outcome in outcomes.values())
-    sheet(options.sheet, caption(sum(map(len, failed)), asked, len(database)), rows, heads)
+    sheet(options.sheet, caption(sum(map(len, failed)), asked, int(readable.sum())), rows, heads)
 
 
 def caption(failed: int, queries: int, images: int) -> str:

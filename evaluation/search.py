@@ -46,6 +46,8 @@ def nearest(features: Tensor, queries: Tensor, k: int, chunk: int = 0,
     where it is not installed.
     """
     k = min(k, len(features))
+    if not len(queries):
+        return features.new_empty(0, k), features.new_empty(0, k, dtype=torch.long)
     if not use_faiss:
         parts = [block.topk(k) for _, block in similarities(features, queries, chunk)]
         similarity, found = zip(*parts)

@@ -140,7 +140,8 @@ class EvalTask:
     def name(self) -> str:
         """Of the network, as part of a folder's name."""
         path = self.loaded.path if self.loaded else Path("random")
-        return path.parent.name if path.name in (*PRODUCTS, *FILES["clusters"]) else path.stem
+        in_run = path.name in (*PRODUCTS, *FILES["clusters"])
+        return path.parent.resolve().name if in_run else path.stem
 
     def digest(self) -> str | None:
         """SHA-256 of the checkpoint's file, its first 16 digits."""

@@ -122,12 +122,9 @@ def write(folder: str | os.PathLike, images: Images, tiles: Iterable[Tensor], ti
     """The gallery, into a folder; its page last.
 
     tiles: a square image each, uint8 (3, s, s), in the images' order.  originals: address of the
-    folder that the names are relative to, seen from the page; none: they are not linked. Raises
-    ValueError for features that are not finite.
+    folder that the names are relative to, seen from the page; none: they are not linked.
     """
     folder = Path(folder)
-    if not images.features.isfinite().all():
-        raise ValueError("some features are not finite: the network is damaged")
     points, shares = principal_axes(images.features)
     points = points - (points.amax(0) + points.amin(0)) / 2     # between -1 and 1
     points = points / points.abs().max().clamp(min=1e-12)
@@ -145,4 +142,5 @@ def write(folder: str | os.PathLike, images: Images, tiles: Iterable[Tensor], ti
             "labels": None if images.labels is None else images.labels.tolist(),
             "classes": [readable(name) for name in images.classes]}
     write_sprites(folder, tiles, len(images.names))
-    write_whole(folder / "index.html", TEMPLATE.read_text().replace("DATA_AS_JSON", to_json(data)))
+    page = TEMPLATE.read_text(encoding="utf-8")
+    write_whole(folder / "index.html", page.replace("DATA_AS_JSON", to_json(data)))

@@ -151,13 +151,13 @@ def width_of(text: str) -> int:
 
 
 def fit(text: str, width: int) -> str:
-    """Cut off so that it takes no more than so many pixels."""
+    """Cut in front, for names differ at the end, so that it takes no more than so many pixels."""
     text = plain(text)
     if width_of(text) <= width:
         return text
-    while text and width_of(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    while text and width_of("..." + text) > width:
+        text = text[1:]
+    return "..." + text
 
 
 def wrap(text: str, width: int) -> list[str]:

@@ -6,12 +6,13 @@
 Papers: RegNet (arXiv 2003.13678) and SwAV (arXiv 2006.09882), whose equations have their numbers.
 Everything on the page is computed when it is made, by the project's own code, and beside each
 picture stand the lines that made it, or that it shows. The page needs no network. The pictures lie
-beside it as PNG, and so does the run that it tells of (tour_run.py), unless --run names another:
-a folder of train.py, of a RegNet. Needs matplotlib.
+beside it as PNG, and so does the run that it shows (tour_run.py), unless --run names another: a
+folder of train.py, of a RegNet. Needs matplotlib.
 """
 import argparse
 import copy
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -50,8 +51,8 @@ arXiv 2003.13678</a>, sections 1 and 2; SwAV, <a href="https://arxiv.org/abs/200
 
 
 # ----------------------------------------------------------------------------------- the method
-class Story:
-    """A run as the tour tells it: its moments, and what they make of the same images."""
+class LoadedRun:
+    """A run: its checkpoints, and their outputs for the same images."""
 
     def __init__(self, folder: Path, count: int = 512):
         self.folder, self.moments = folder, read_moments(folder)
@@ -70,11 +71,14 @@ class Story:
         return scores[sinkhorn(scores, self.epsilon, 10).argmax(1).argsort(stable=True)]
 
 
-def scores(album: Album, run: Story) -> Section:
+def scores(album: Album, run: LoadedRun) -> Section:
     cosines = run.scores()
     picture = album.picture(
         "scores", "A table of cosines; above it, how often each prototype is the nearest one.", 4.6,
-        draw.scores, cosines)
+        draw.scores, cosines, run.prototypes)
+    part = "" if cosines.shape[1] == run.prototypes else (
+        f" Of the {run.prototypes:,} prototypes the first {cosines.shape[1]} are shown, here and "
+        "in sections 5 and 6, as if there were no others.")
     members = torch.bincount(cosines.argmax(1), minlength=cosines.shape[1]).sort(descending=True)[0]
     text = f"""<p>The trunk and a small head, the <em>projection head</em>, map each crop to an
 <em>embedding</em> <i>z</i>, a vector of length 1. There are <i>K</i> <em>prototypes</em>
@@ -82,13 +86,13 @@ def scores(album: Album, run: Story) -> Section:
 crop are its cosines with them, <i>z</i><sup>⊤</sup><i>c<sub>k</sub></i>. <i>B</i> is the number of
 images in a batch.</p>
 <p>These scores are from step {run.moments[0].step:,} of the run in section 9. Three prototypes
-are the nearest to {members[:3].sum() / members.sum():.0%} of the images. If each image took its
-nearest prototype as its cluster, the network could put all images into one cluster: then it
-predicts perfectly, and has learned nothing. This is called collapse.</p>"""
+are the nearest to {members[:3].sum() / members.sum():.0%} of the images.{part} If each
+image took its nearest prototype as its cluster, the network could put all images into one cluster:
+then it predicts perfectly, and has learned nothing. This is called collapse.</p>"""
     return Section("Scores: crops and prototypes", text, picture, [Code(SwAV.forward)])
 
 
-def plan(album: Album, run: Story) -> Section:
+def plan(album: Album, run: LoadedRun) -> Section:
     picture = album.picture(
         "sinkhorn", "Codes after 0, 1, 2, 3 and 10 iterations; shares of prototypes become equal.",
         3.4, draw.iterations, run.scores(), run.epsilon)
@@ -116,31 +120,31 @@ a prototype.</p>"""
                    [Code(_log_domain, "logits =", "codes =")], below)
 
 
-def epsilon(album: Album, run: Story) -> Section:
+def epsilon(album: Album, run: LoadedRun) -> Section:
     picture = album.picture("epsilon", "Codes of the same scores: sharp for small epsilon, flat "
                             "for large epsilon.", 3.0, draw.epsilons, run.scores())
     text = f"""<p>ε is the weight of the entropy in equation 3. With a small ε each image goes to
 one prototype. With a large one it is spread over all, and the code, nearly 1/<i>K</i>
-everywhere, says nothing. The shares of the prototypes become equal for every ε. SwAV takes 0.05,
-SEER's largest network 0.03, this run {run.epsilon:g}.</p>
+everywhere, is the same for all images. The shares of the prototypes become equal for every ε. SwAV
+takes 0.05, SEER's largest network 0.03, this run {run.epsilon:g}.</p>
 <p>Below 0.03, exp(score / ε) may overflow; there the project computes with logarithms, as in the
 code of section 5.</p>"""
     return Section("Epsilon: how sharp the codes are", text, picture,
                    [Code(draw.epsilons, "for axis", "axis.set_xlabel"), Code(draw.shared)])
 
 
-def swapped(album: Album, run: Story) -> Section:
-    told, ln_k = [], math.log(run.prototypes)
+def swapped(album: Album, run: LoadedRun) -> Section:
+    rows, ln_k = [], math.log(run.prototypes)
     for moment in run.moments:
         outputs, model = in_training(moment, run.crops), moment.model
         codes = model.targets(outputs, step=0)                           # (A, B, K)
         loss = model.loss(outputs, codes).item()
         predicted = (outputs[1] / model.temperature).softmax(1)          # (V*B, K)
-        told.append((f"step {moment.step:,}: loss {loss:.2f} = {loss / ln_k:.2f} ln K", codes[0, 0],
+        rows.append((f"step {moment.step:,}: loss {loss:.2f} = {loss / ln_k:.2f} ln K", codes[0, 0],
                      predicted[codes.shape[1]]))                         # from crop 2
     picture = album.picture(
         "loss", "The code of a crop as bars, and its prediction as dots, at each moment.",
-        1.2 + 1.3 * len(told), draw.swapped, told)
+        1.2 + 1.3 * len(rows), draw.swapped, rows)
     text = f"""<p>The network predicts the code of one crop from another crop of the same image. The
 prediction <i>p</i> is a softmax of the scores with temperature <i>τ</i>, and the loss is the
 cross-entropy of <i>q</i> and <i>p</i>. For the code of crop <i>s</i>, predicted from crop
@@ -168,7 +172,7 @@ def in_training(moment: Moment, crops: list) -> tuple[torch.Tensor, torch.Tensor
     return copy.deepcopy(moment.model).train()(crops)
 
 
-def queue(album: Album, run: Story, size: int = 8) -> Section:
+def queue(album: Album, run: LoadedRun, size: int = 8) -> Section:
     kept, rows = Queue(32, 1, crops=1), []
     for number in range(1, 7):
         kept.push(torch.full((1, size, 1), float(number)))
@@ -210,59 +214,67 @@ def overlap(embeddings: torch.Tensor, model: SwAV, length: int, size: int) -> fl
 
 
 # -------------------------------------------------------------------------------------- the run
-def progress(album: Album, run: Story) -> Section:
+def progress(album: Album, run: LoadedRun) -> Section:
     curve = read_curve(run.folder)
     picture = album.picture(
-        "curves", "The loss over ln K falls from 1, and the share of prototypes in use changes.",
+        "curves", "The loss over ln K, and the share of prototypes in use, at each step.",
         4.6, draw.curves, curve, [moment.step for moment in run.moments])
     text = f"""<p>{curve.columns[0][-1]:,} steps in batches of {run.config["batch_size"]:,}
-images, with {run.prototypes:,} prototypes and without labels. The loss begins near ln <i>K</i>,
-where codes say little, for they come from the same network. It falls as codes and predictions
-sharpen each other. <em>In use</em> are the prototypes that are the nearest to some crop of the
-batch; few in use are a sign of collapse.</p>
+images, with {run.prototypes:,} prototypes and without labels. In training from random weights the
+loss begins near ln <i>K</i>, that of uniform predictions. It falls when the codes of images differ,
+and those of the crops of an image agree. <em>In use</em> are the prototypes that are the nearest to
+some crop of the batch; few in use are a sign of collapse.</p>
 <p>A step is what this page has shown: crops to embeddings and scores, scores to codes, codes to the
 loss. Then come the optimizer's step (LARC: SGD with a rate for each layer), and the prototypes go
 back to length 1. <code>train.py</code> has the loop of a long run.</p>"""
     return Section("A run", text, picture, [Code(train_step)],
-                   "<p>Upright lines: the moments of the other pictures.</p>")
+                   "<p>Vertical lines: the steps of the other pictures.</p>")
 
 
-def moments(album: Album, run: Story) -> Section:
+def moments(album: Album, run: LoadedRun) -> Section:
     chosen, found = nearest([scores for _, scores in run.outputs])
     titles = [f"step {moment.step:,}" for moment in run.moments]
     images = read_images(run.source, len(run.images), side=64)
     picture = album.picture(
-        "prototypes", "For each of six prototypes, the nearest images at each moment.",
+        "prototypes", f"For each of {len(chosen)} prototypes, the nearest images at each moment.",
         min(8 / len(titles), 4) + 0.4,
         draw.moments, images, dict(zip(titles, found)), list(map(str, chosen)))
-    text = f"""<p>Six prototypes, and the images nearest to each, of {len(images):,}. The rows
-are the same prototypes at each moment. At first a prototype is a random direction, and its
-images have little in common, or their colours alone. In the end the images of a row are alike in
-what they show, if the run has learned it: that is what the crops of an image share. No label
-told it. The tour's own run is short, and some rows still mix kinds; <code>--run</code> tells of
-a longer one.</p>"""
-    return Section("Its prototypes at three moments", text, picture, [Code(nearest)],
-                   "<p>The six prototypes that are nearest to most images in the end.</p>")
+    at = titles[0] if len(titles) == 1 else f"{', '.join(titles[:-1])} and {titles[-1]}"
+    random = """ At step 0 a prototype is a random direction, and its images have little in common,
+or their colours alone.""" * (run.moments[0].step == 0)
+    short = """ The tour's own run takes a minute, and some rows mix kinds; with <code>--run</code>
+the page shows a longer one.""" * ("kinds" in run.config)
+    text = f"""<p>{len(chosen)} prototypes, and the images nearest to each, of {len(images):,}, at
+{at}. The rows are the same prototypes at each moment.{random} Where the run has learned it, the
+images of a row show similar things: that is what the crops of an image have in common. No label was
+used.{short}</p>"""
+    return Section("Its prototypes", text, picture, [Code(nearest)],
+                   f"<p>The prototypes that are nearest to most images at {titles[-1]}.</p>")
 
 
 def tour(out: Path, folder: Path | None = None, config: dict = CONFIG) -> Path:
-    """Write index.html and the pictures into a new folder. folder: of the run to tell of; None: a
-    new one, as config says. Raises ValueError where out is there, and without matplotlib."""
+    """Write index.html and the pictures into a new folder, which is removed where that fails.
+    folder: of the run to show; None: a new one, as config says. Raises ValueError where out is
+    there, and without matplotlib."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError(ASK) from None
     refuse_existing(out)
-    run = Story(folder) if folder else None                 # a wrong one is refused before work
+    run = LoadedRun(folder) if folder else None                 # a wrong one is refused before work
     out.mkdir(parents=True)
-    album = Album(out, draw.light(), draw.dark())
-    if run is None:
-        learn(out / "run", config)
-        run = Story(out / "run")
-    sections = [part(album) for part in (line, space, crops)]
-    sections += [part(album, run) for part in (scores, plan, epsilon, swapped, queue, progress,
-                                               moments)]
-    (out / "index.html").write_text(page(TITLE, INTRO, sections), encoding="utf-8")
+    try:
+        album = Album(out, draw.light(), draw.dark())
+        if run is None:
+            learn(out / "run", config)
+            run = LoadedRun(out / "run")
+        sections = [part(album) for part in (line, space, crops)]
+        sections += [part(album, run) for part in (scores, plan, epsilon, swapped, queue, progress,
+                                                   moments)]
+        (out / "index.html").write_text(page(TITLE, INTRO, sections), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     return out / "index.html"
 
 
@@ -271,8 +283,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                                      allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/tour"), metavar="FOLDER",
                         help="a new folder, for the page and its pictures (runs/tour)")
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run of train.py to tell of, "
-                        "of SwAV and a RegNet; none: a short one, made for this")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run of train.py to show, of "
+                        "SwAV and a RegNet; none: a short one, made for this")
     return parser.parse_args(argv)
 
 

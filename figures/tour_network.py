@@ -40,7 +40,7 @@ multiplier <i>w<sub>m</sub></i>, and the group width of the 3 × 3 convolutions.
 stage:</p>
 <p class="equation">w<sub>j</sub> = w<sub>0</sub> · w<sub>m</sub><sup>⌊s<sub>j</sub>⌉</sup>
 <small>(4)</small></p>"""
-    below = """<p>Grey: the line. Dotted: the whole powers. Bars: the blocks, and over each stage
+    below = """<p>Gray: the line. Dotted: the whole powers. Bars: the blocks, and over each stage
 its blocks × width. Widths become multiples of 8, then divisible by the group width.</p>"""
     return Section("A network from a line", text, picture,
                    [Code(RegNetParams.blocks), Code(RegNetParams.stages)], below)
@@ -67,9 +67,9 @@ to 28 blocks, <i>w<sub>m</sub></i> from 2 to 3. A draw counts if it has four sta
 12). <em>Activations</em> are the numbers in the outputs of all convolutions.</p>
 <p>The cost is counted from the five numbers; no network is built. Is the count right? PyTorch's own
 counter, which watches the operations of a pass, differs from it by at most {off:.2%} on
-{len(some)} of them. Does it tell the time? In part. On this machine's CPU, at
+{len(some)} of them. The time does not follow from the count alone. On this machine's CPU, at
 {resolution} pixels, the rank correlation with time is {by["flops"]:.2f} for multiply-adds and
-{by["activations"]:.2f} for activations. On a GPU the paper found that activations tell more
+{by["activations"]:.2f} for activations. On a GPU the paper found a larger one for activations
 (figure 12).</p>"""
     below = "<p>Right: one image, the fastest of three passes. Dashed: time in proportion.</p>"
     return Section("Random members of the design space", text, picture,

@@ -149,15 +149,17 @@ def plan(axis, codes: Tensor, title: str) -> None:
     axis.spines[:].set(visible=True, linewidth=0.5)
 
 
-def scores(figure, cosines: Tensor) -> None:
-    """cosines (B, K), and of how many images each prototype is the nearest."""
+def scores(figure, cosines: Tensor, total: int) -> None:
+    """cosines (B, K), and of how many images each prototype is the nearest.  total: of all
+    prototypes, K or more."""
     count = cosines.shape[1]
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.6))
     members = torch.bincount(cosines.argmax(1), minlength=count)
     above.bar(range(count), members.tolist(), color="C1")
     above.set(ylabel="images", title="Of how many images is it the nearest prototype?")
     drawn = below.imshow(cosines.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
-    below.set(xlabel=f"prototypes, K = {count}", ylabel=f"images, B = {len(cosines)}", xticks=[],
+    named = f"prototypes, K = {total:,}" + f", the first {count}" * (count < total)
+    below.set(xlabel=named, ylabel=f"images, B = {len(cosines)}", xticks=[],
               yticks=[], title="Scores: the cosine of each image with each prototype")
     figure.colorbar(drawn, ax=below, location="bottom", aspect=50, pad=0.02)
 
@@ -197,10 +199,10 @@ def shared(codes: Tensor) -> float:
     return torch.xlogy(codes, codes).sum(1).neg().mean().exp().item()
 
 
-def swapped(figure, told: Sequence[tuple[str, Tensor, Tensor]], most: int = 24) -> None:
-    """told: of each moment a title, an image's code (K,), and a prediction of it (K,)."""
-    axes = figure.subplots(len(told), 1, sharex=True, sharey=True)
-    for axis, (title, code, prediction) in zip(axes, told):
+def swapped(figure, rows: Sequence[tuple[str, Tensor, Tensor]], most: int = 24) -> None:
+    """rows: of each moment a title, an image's code (K,), and a prediction of it (K,)."""
+    axes = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axis, (title, code, prediction) in zip(axes, rows):
         chosen = (code + prediction).topk(min(most, len(code))).indices.sort().values
         places = range(len(chosen))
         axis.bar(places, code[chosen].tolist(), width=0.85, color="C0", alpha=0.55,

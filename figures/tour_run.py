@@ -1,4 +1,4 @@
-"""The tour's run: SwAV on the built-in images in a minute; and what a run's folder tells.
+"""The tour's run: SwAV on the built-in images in a minute; and what is in a run's folder.
 
     learn(Path("runs/tour/run"))                        # as train.py writes it: log and checkpoints
     moments = read_moments(Path("runs/tour/run"))       # at most three: first, middle and last
@@ -14,7 +14,7 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy
 import torch
@@ -101,7 +101,19 @@ def batch(images, step: int, config: dict) -> list[Tensor]:
                                                               config["batch_size"])
     crop = MultiCrop(parse_crops(config["crops"]), config["strength"], gray=config["gray"],
                      blur=[float(p) for p in str(config["blur"]).split(",")])
-    return collate([crop(images[i], seed=step * len(images) + i) for i in chosen], config)
+    return collate([first_readable(images, i, lambda data: crop(data, step * len(images) + i))
+                    for i in chosen], config)
+
+
+def first_readable(images, i: int, change: Callable):
+    """change(bytes) of image i, or of the next one that can be read. Raises ValueError where none
+    can."""
+    for j in range(i, i + len(images)):
+        try:
+            return change(images[j % len(images)])
+        except Exception:                       # a file system's errors too
+            continue
+    raise ValueError("no image can be read")
 
 
 def collate(cut: list, config: dict) -> list[Tensor]:
@@ -132,7 +144,7 @@ def read_moments(folder: Path) -> list[Moment]:
             moments.append(Moment(step, model.eval(), config))
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is not the folder of a run: {error}") from None
-    return moments
+    return list({moment.step: moment for moment in moments}.values())
 
 
 def source(config: dict):
@@ -148,7 +160,8 @@ def source(config: dict):
 def read_images(images, count: int, side: int) -> Tensor:
     """Some of a run's images, uint8 (count, 3, s, s): their central squares. side: s."""
     count = min(count, len(images))
-    return torch.stack([central(images[i * (len(images) // count)], side) for i in range(count)])
+    return torch.stack([first_readable(images, i * (len(images) // count),
+                                       lambda data: central(data, side)) for i in range(count)])
 
 
 def central(data: bytes, side: int) -> Tensor:
@@ -171,9 +184,10 @@ def look(moment: Moment, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def nearest(scores: list[Tensor], rows: int = 6, count: int = 5) -> tuple[list[int], list[Tensor]]:
     """The prototypes that are nearest to most images in the end; and at each moment the images that
-    are nearest to these. scores: (N, K), of each moment. Returns numbers, and tables (rows, count).
-    """
+    are nearest to these. scores: (N, K), of each moment. Returns numbers, and tables (rows, n), n
+    at most count."""
     members = torch.bincount(scores[-1].argmax(1), minlength=scores[-1].shape[1])
     chosen = members.argsort(descending=True, stable=True)[:rows]
+    count = min(count, len(scores[-1]))
     return chosen.tolist(), [cosines[:, chosen].topk(count, dim=0).indices.t()
                              for cosines in scores]

@@ -141,8 +141,8 @@ def refuse_existing(path: str | os.PathLike, force: bool | None = None, sources=
 
 def write_whole(path: Path, text: str) -> None:
     """All or nothing: a crash leaves the old file or the new one."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text)
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 

@@ -4,12 +4,12 @@
 
 It reads config.json, log.jsonl and, where they are there, results.json, results.jsonl (those lines
 that are of this very file) and loss.png, which is copied beside the page. Of paths only the last
-name is given. What no file says (what the images show, whose they are, the licence) is left to be
-filled in, and says so.
+name is given; results that are tables are left out. What no file says (what the images show, whose
+they are, the licence) is left to be filled in, and says so.
 """
 import json
 import shutil
-from pathlib import Path, PurePath
+from pathlib import Path, PureWindowsPath
 
 from weights.atomic import file_digest, read_lines, refuse_existing, write_whole
 from weights.files import Loaded
@@ -20,7 +20,6 @@ from weights.preprocessing import USUAL, config_of, preprocessing_of
 from weights.terminal import reason
 
 FILL_IN = "**To be filled in by the owner of the weights:**"
-PLACES = ("data", "out", "init", "probe")           # options that hold a path
 MAIN = ("recipe", "method", "arch", "steps", "batch_size", "crops", "lr", "weight_decay", "mean",
         "std", "precision", "seed")                 # options of every method
 COLUMNS = ("step", "images", "lr", "loss", "loss_over_ln_k", "loss_over_ln_candidates",
@@ -59,22 +58,30 @@ def card(loaded: Loaded, licence: str = "") -> str:
         raise ValueError(f"{loaded.path} is not of a run of train.py, of which a card is written")
     trunk = sum(t.numel() for name, t in loaded.tensors.items() if part_of(name) == "trunk"
                 and name.endswith((".weight", ".bias")))
+    digest = file_digest(loaded.path)
     parts = [
         f"# {folder.resolve().name}\n\nThe trunk {describe(loaded.tensors)}, {trunk:,} parameters, "
         f"trained with {config.get('method', 'swav')}" + after(log) + ".",
         data(config, log), recipe(config, environment), curve(folder, log),
-        measured(table, [line for line in results
-                         if line.get("sha256") == file_digest(loaded.path)]),
+        measured(table, [line for line in results if line.get("sha256") == digest]),
         use(config, loaded.path), terms(config, licence)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def after(log: list[dict]) -> str:
-    return f" for {log[-1]['step']:,} steps, {log[-1]['images']:,} images" if log else ""
+    if not log:
+        return ""
+    steps, images = log[-1]["step"], log[-1]["images"]
+    return f" for {steps:,} step{'s' * (steps != 1)}, {images:,} images"
+
+
+def last_name(value):
+    """Of text that is a path or an address, of any system, the last name; else the value."""
+    return PureWindowsPath(value).name if isinstance(value, str) else value
 
 
 def data(config: dict, log: list[dict]) -> str:
-    name = PurePath(config.get("data", "")).name
+    name = last_name(config.get("data", ""))
     lines = [f"Images: `{name}`." if name else "Images: the demo's, drawn by the program."]
     replaced = {}
     for entry in log:
@@ -89,8 +96,8 @@ def data(config: dict, log: list[dict]) -> str:
 
 
 def recipe(config: dict, environment: dict) -> str:
-    rows = [(name, PurePath(str(value)).name if name in PLACES else value)
-            for name, value in config.items() if name not in ("data", "out") and value != ""]
+    rows = [(name, last_name(value)) for name, value in config.items()
+            if name not in ("data", "out") and value != ""]
     shown = [(name, value) for name, value in rows if name in MAIN]
     rest = "\n".join(f"{name}: {json.dumps(value)}" for name, value in rows if name not in MAIN)
     versions = ", ".join(f"{name} {value}" for name, value in environment.items())
@@ -121,9 +128,10 @@ def measured(table: dict, results: list[dict]) -> str:
             [row, *values.values()] for row, values in table.items()]))
     if results:
         lines.append(table_of(("protocol", "data", "result"), [
-            (line["protocol"], PurePath(line["data"]).name, ", ".join(
-                f"{name} {json.dumps(value)}" for name, value in line.items()
-                if name not in OF_THE_MEASUREMENT)) for line in results]))
+            (line["protocol"], last_name(line["data"]), ", ".join(
+                f"{name} {json.dumps(last_name(value))}" for name, value in line.items()
+                if name not in OF_THE_MEASUREMENT and not isinstance(value, (dict, list))))
+            for line in results]))
     return "## Results\n\n" + "\n\n".join(lines) if lines else ""
 
 
@@ -138,7 +146,7 @@ def use(config: dict, path: Path) -> str:
 def terms(config: dict, licence: str) -> str:
     lines = [licence or f"{FILL_IN} on which terms they may be used."]
     if config.get("init"):
-        name = PurePath(config["init"]).name
+        name = last_name(config["init"])
         lines.append(f"The run started from `{name}`" + (
             f", whose licence is: {LICENCES[OFFICIAL[name].licence]}." if name in OFFICIAL else
             ", whose licence may bind these weights too."))

@@ -10,7 +10,7 @@ transformers' RegNetConfig, modeling_regnet.py and BitImageProcessor (5.24).
 """
 import json
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 from torch import Tensor
@@ -29,16 +29,13 @@ def write_folder(loaded: Loaded, out: Path) -> None:
     texts = {"config.json": model_config(loaded.tensors, run.get("classes")),
              "preprocessor_config.json": preprocessor_config(run, loaded.path)}
     state = from_ours(loaded.tensors, "transformers")
-    aside = out.with_name(f"{out.name}.tmp")
-    aside.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as aside:
+        folder = Path(aside, out.name)
+        folder.mkdir()
         for name, content in texts.items():
-            (aside / name).write_text(json.dumps(content, indent=2) + "\n")
-        save_safetensors(aside / "model.safetensors", state)
-        os.rename(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        save_safetensors(folder / "model.safetensors", state)
+        os.rename(folder, out)
 
 
 def model_config(tensors: dict[str, Tensor], classes: list[str] | None = None) -> dict:

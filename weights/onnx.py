@@ -38,25 +38,31 @@ class Outputs(nn.Module):
         return (features, self.fc(features)) if self.fc else (features,)
 
 
+def classifier_of(tensors: dict[str, Tensor]) -> nn.Linear | None:
+    """fc, with or without a bias; None where there is none."""
+    if "fc.weight" not in tensors:
+        return None
+    fc = nn.Linear(*reversed(tensors["fc.weight"].shape), bias="fc.bias" in tensors)
+    fc.load_state_dict({name: tensors[f"fc.{name}"] for name, _ in fc.named_parameters()})
+    return fc
+
+
 def export(loaded: Loaded, out: Path) -> None:
     """Write the graph to out, whole or not at all. Raises ValueError where a package is missing,
     and for a network that is none of regnet.ARCHS or a ResNet-50; OSError where it cannot be
     written."""
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise ValueError(f"{out} needs onnx and onnxscript: pip install onnx onnxscript")
-    (trunk, _), fc = open_trunk(loaded), None
-    if "fc.weight" in loaded.tensors:
-        weight = loaded.tensors["fc.weight"]
-        fc = nn.Linear(*reversed(weight.shape))
-        fc.load_state_dict({"weight": weight, "bias": loaded.tensors["fc.bias"]})
-    program = torch.onnx.export(
-        Outputs(trunk, fc).eval(), (torch.zeros(2, 3, 64, 64),), dynamo=True, verbose=False,
-        input_names=["images"], output_names=["features", "logits"] if fc else ["features"],
-        dynamic_shapes={"images": {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}})
-    known = USUAL | preprocessing_of(config_of(loaded), loaded.path)
-    for name in ("mean", "std"):
-        program.model.metadata_props[name] = ",".join(map(str, known[name]))
+    (trunk, _), fc = open_trunk(loaded), classifier_of(loaded.tensors)
+    # first of all, for it fails where the folder is not there
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as aside:
+        program = torch.onnx.export(
+            Outputs(trunk, fc).eval(), (torch.zeros(2, 3, 64, 64),), dynamo=True, verbose=False,
+            input_names=["images"], output_names=["features", "logits"] if fc else ["features"],
+            dynamic_shapes={"images": {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}})
+        known = USUAL | preprocessing_of(config_of(loaded), loaded.path)
+        for name in ("mean", "std"):
+            program.model.metadata_props[name] = ",".join(map(str, known[name]))
         program.save(Path(aside, out.name))
         for file in sorted(Path(aside).iterdir(), reverse=True):        # the data first
             os.replace(file, out.with_name(file.name))

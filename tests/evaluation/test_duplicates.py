@@ -1,6 +1,7 @@
 """evaluation/duplicates.py: the rule, the groups, and planted duplicates that are found again."""
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -8,11 +9,16 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+import evaluate
 from data.images import open_images
+from evaluation import duplicates
 from evaluation.duplicates import (
+    Group,
     choose_threshold,
+    draw,
     from_first,
     groups,
+    kept_of,
     nearest_similarities,
     whiten,
 )
@@ -65,7 +71,7 @@ def test_the_threshold_by_hand():
     moved = logs.clone()
     moved[0] = -3                           # a duplicate less: it was in the lower half, and stays
     assert choose_threshold(1 - moved.exp()) == pytest.approx(choose_threshold(1 - logs.exp()))
-    assert choose_threshold(torch.ones(9)) < 1      # of equal images all are duplicates
+    assert choose_threshold(torch.ones(9)) == 1 - 1e-4      # of equal images all are duplicates
     assert choose_threshold(torch.tensor([0.2, 0.3, 0.3, 0.4])) == 0.9
 
 
@@ -75,6 +81,41 @@ def test_the_rule_finds_planted_vectors_and_no_others(copies):
     similarity = nearest_similarities(x)
     found = groups(x, similarity, choose_threshold(similarity))
     assert found == [[i, 400 + i] for i in range(copies)]
+
+
+@pytest.mark.parametrize("count, copies", [(500, 500), (500, 260)])
+def test_exact_copies_are_found_however_many_there_are(count, copies):
+    x = planted(count, copies, noise=0)
+    similarity = nearest_similarities(x)
+    assert len(groups(x, similarity, choose_threshold(similarity))) == copies
+
+
+def test_equal_images_are_one_group():
+    x = F.normalize(torch.randn(64), dim=0).repeat(400, 1)
+    x[::3] *= 1 + 1e-7                      # rounding
+    white = whiten(x, 1024)
+    similarity = nearest_similarities(white)
+    assert groups(white, similarity, choose_threshold(similarity)) == [[*range(400)]]
+
+
+def test_of_a_chain_those_are_kept_that_are_not_near_a_kept_one():
+    angles = torch.arange(30) * numpy.arccos(0.991)         # 0.964 to the next but one
+    x = torch.stack([angles.cos(), angles.sin()], 1)
+    group, = groups(x, nearest_similarities(x), 0.99)
+    assert group == [*range(30)] and kept_of(x, 0.99) == [True, False] * 15
+    assert kept_of(x[::2], 0.99) == [True] * 15 and kept_of(x[:3], 0.9) == [True, False, False]
+
+
+def test_the_sheet_shows_the_first_and_then_the_least_similar(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(duplicates, "sheet", lambda path, said, rows: drawn.extend(rows))
+    task = SimpleNamespace(options=SimpleNamespace(rows=5, columns=3, sheet="x.png"),
+                           tile=lambda images, i: i)
+    images = SimpleNamespace(name=str)
+    group = Group([7, 4, 5, 6], [1.0, 0.99, 0.95, 0.8], [True, False, False, True])
+    draw(task, images, [group], {"groups": 1, "images": 9, "threshold": 0.9, "duplicates": 2})
+    assert [tile.text for tile in drawn[0].tiles] == [
+        ["7", "1.0000, kept"], ["6", "0.8000, kept"], ["5", "0.9500"]]
 
 
 def test_whitening_makes_components_equal_where_images_suffice():
@@ -95,7 +136,7 @@ def test_the_largest_file_is_first_and_then_the_nearest():
     assert cosines[3] == pytest.approx((x[1] @ x[2]).item())
 
 
-def test_planted_images_are_found_and_left_out_of_the_list(tmp_path, command, refused):
+def test_planted_images_are_found_and_left_out_of_the_list(tmp_path, command, refused, capsys):
     folder = write_blocks(tmp_path / "photos", 30)
     twins = {}
     for i, name in enumerate(["200000", "200400", "200900"]):
@@ -126,7 +167,10 @@ def test_planted_images_are_found_and_left_out_of_the_list(tmp_path, command, re
     for path in (out, tmp_path / "found.keep.txt"):
         assert "is there already" in refused(*options)
         path.unlink()
-    assert command(*options, "--threshold=1")["groups"] == 0
+    assert [row["kept"] for row in rows] == ["1", "0"] * 3
+    evaluate.main([*map(str, options), "--threshold=1", f"--sheet={tmp_path}/none.png"])
+    printed = capsys.readouterr()
+    assert '"groups": 0' in printed.out and "no near-duplicates were found" in printed.err
     assert "one depth" in refused(*options, "--force", "--depths=res3,avgpool")
     assert "ends in .csv" in refused(*options, f"--out={tmp_path}/x.txt")
 

@@ -81,6 +81,13 @@ def test_the_network_always_sees_as_many_images():
     assert means.argsort(0)[:, 0].tolist() == list(range(BATCH + 3))
 
 
+def test_features_that_are_not_finite_are_refused():
+    images = [(torch.full((3, 4, 4), i, dtype=torch.uint8), True) for i in (0, 1)]
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="not finite: the network is damaged"):
+            extract(torch.nn.Threshold(-2.1, value), images)    # the first image is black
+
+
 @pytest.mark.cuda
 def test_features_on_a_gpu(shades):
     crops = CenterCrops(open_images(shades), 48)

@@ -15,6 +15,8 @@ def test_the_nearest_are_those_of_a_full_sort():
     features, queries = (F.normalize(torch.randn(n, 6), dim=1) for n in (50, 13))
     exact = queries.double() @ features.double().t()
     order = exact.argsort(descending=True)
+    nothing = nearest(features, queries[:0], 3)         # of a rank without a share
+    assert [x.shape for x in nothing] == [(0, 3)] * 2
     for chunk in (0, 1, 5):
         for k in (1, 7, 80):
             similarity, found = nearest(features, queries, k, chunk)

@@ -1,11 +1,12 @@
 """evaluation/task.py: the preprocessing that goes with a checkpoint."""
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import evaluate
 from evaluation.features import SEER_FINETUNED, Preprocessing
-from evaluation.task import choose_preprocessing
+from evaluation.task import EvalTask, choose_preprocessing
 from multicrop import IMAGENET_MEAN, IMAGENET_STD
 from recipes.command_line import configure
 from weights.official import OFFICIAL
@@ -42,6 +43,16 @@ SEER_FILE = OFFICIAL["seer_ft_regnety_32gf"].url.rpartition("/")[2]
 def test_preprocessing_follows_the_checkpoint_and_the_options(config, path, options, expected):
     options = evaluate.parse(["finetune", "x", *options])
     assert choose_preprocessing(config, path and Path(path), options) == expected
+
+
+def test_the_network_has_its_folders_name_from_inside_that_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for path, name in ((Path("checkpoint.pt"), "mine"), (folder / "trunk.pt", "mine"),
+                       (Path("x.torch"), "x")):
+        task = EvalTask(None, None, "", None, {}, SimpleNamespace(path=path), None)
+        assert task.name() == name
 
 
 def test_preprocessing_is_that_of_a_run():

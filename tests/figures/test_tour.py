@@ -1,4 +1,5 @@
 """figures/tour.py: code that stands on the page is the project's; pictures show what they say."""
+import copy
 import html
 import json
 import re
@@ -16,7 +17,7 @@ from data.demo import DemoImages
 from figures import tour_pictures as draw
 from figures.page import Album, Code, Picture, highlight, page
 from figures.tour import (
-    Story,
+    LoadedRun,
     epsilon,
     main,
     moments,
@@ -29,7 +30,17 @@ from figures.tour import (
     tour,
 )
 from figures.tour_network import clock, crops, line, rank_correlation, space
-from figures.tour_run import CONFIG, batch, build, learn, nearest, read_moments, source, train_step
+from figures.tour_run import (
+    CONFIG,
+    batch,
+    build,
+    learn,
+    nearest,
+    read_images,
+    read_moments,
+    source,
+    train_step,
+)
 from larc import LARC
 from multicrop import MultiCrop, decode, parse_crops
 from regnet import ARCHS, complexity
@@ -50,8 +61,8 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def story(run):
-    return Story(run, count=32)
+def loaded(run):
+    return LoadedRun(run, count=32)
 
 
 class Blank(Album):
@@ -98,11 +109,12 @@ def test_highlighting_changes_no_letter():
         assert f'<span class="{kind}">{token}</span>' in marked
 
 
-def test_all_code_of_the_sections_is_on_the_page(story):
+def test_all_code_of_the_sections_is_on_the_page(loaded):
     album = Blank()
     sections = [line(album), space(album, count=4, clocked=2, resolution=32), crops(album)]
-    sections += [part(album, story) for part in (scores, plan, epsilon, swapped, progress, moments)]
-    sections.append(queue(album, story, size=2))
+    sections += [part(album, loaded)
+                 for part in (scores, plan, epsilon, swapped, progress, moments)]
+    sections.append(queue(album, loaded, size=2))
     plain = on_page(sections, page("Title", "<p>Intro</p>", sections))
     assert "self.w_0 + self.w_a * j" in plain and "model.targets(outputs, step)" in plain
     assert all(len(code.text().splitlines()) <= 20 for s in sections for code in s.codes)
@@ -182,6 +194,42 @@ def test_a_run_has_three_moments(run):
     assert torch.equal(found[0].model.head[0].weight, build(TINY).head[0].weight)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+
+
+def test_what_is_said_of_a_run_with_one_checkpoint_is_true_of_it(loaded):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    draw.swapped(figure, [("step 4", torch.full((6,), 1 / 6), torch.full((6,), 1 / 6))])
+    last = copy.copy(loaded)
+    last.moments, last.outputs, last.prototypes = loaded.moments[-1:], loaded.outputs[-1:], 30
+    text = moments(Blank(), last).text
+    assert "at\nstep 4." in text and "random direction" not in text
+    assert "at\nstep 0, step 1 and step 4." in moments(Blank(), loaded).text
+    assert "random direction" in moments(Blank(), loaded).text
+    assert "Of the 30 prototypes the first 6 are shown" in scores(Blank(), last).text
+    assert "are shown" not in scores(Blank(), loaded).text
+    figure.clear()
+    draw.scores(figure, torch.rand(3, 6), 30)
+    assert figure.axes[1].get_xlabel() == "prototypes, K = 30, the first 6"
+
+
+def test_broken_images_are_skipped_and_few_images_are_enough(run):
+    images = [b"no", *source(TINY)[:2], b"no"]
+    crops_of = batch(images, 0, TINY)           # all four: two of them are those after
+    assert [len(part) for part in crops_of] == [8, 4]
+    shown = read_images(images, 4, 16)
+    assert torch.equal(shown[0], shown[1]) and torch.equal(shown[3], shown[0])
+    assert not torch.equal(shown[1], shown[2])
+    with pytest.raises(ValueError, match="no image can be read"):
+        read_images([b"no"], 1, 16)
+    assert nearest([torch.rand(3, 4)], rows=2)[1][0].shape == (2, 3)
+
+
+def test_a_try_that_failed_does_not_refuse_the_next(run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("figures.tour.line", lambda album: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tour(tmp_path / "out", run)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_run_of_swav_is_refused(tmp_path, capsys):

@@ -6,11 +6,21 @@ import pytest
 from methods.build import build_trunk
 from weights.__main__ import main
 from weights.atomic import file_digest, save
+from weights.card import after
 
 CONFIG = {"data": "/home/someone/photos", "out": "/home/someone/runs/mine", "recipe": "small",
           "init": "seer_regnety_32gf", "method": "swav", "arch": "regnety_100mf", "steps": 40,
           "batch_size": 128, "crops": "2x64+4x32", "mean": "0.1,0.2,0.3", "std": "0.5,0.6,0.7",
-          "lr": 4.8, "probe": "/home/someone/probe", "epsilon": 0.03}
+          "lr": 4.8, "probe": "/home/someone/probe", "epsilon": 0.03,
+          "cache": "/home/someone/cache"}
+MEASURED = [{"protocol": "knn", "top1": 71.25},
+            {"protocol": "duplicates", "out": "/home/someone/found.csv", "groups": 3,
+             "keep": "C:\\Users\\someone\\found.keep.txt"},
+            {"protocol": "retrieve", "map": 62.5, "whiten": "/home/someone/others/",
+             "distractors": "/home/someone/more", "protocols": {"strong": {"map": 62.5}},
+             "all": [{"depth": "/home/someone"}]},
+            {"protocol": "clusters", "out": "/home/someone/c.csv", "used": 7},
+            {"protocol": "knn", "sha256": "of another file", "top1": 99.5}]
 LOG = [{"step": step, "images": 128 * step, "loss": 4.0 - step / 100, "skipped": step // 20,
         "loss_over_ln_k": 1 - step / 1000, "replaced": {"truncated": 1} if step < 5 else {}}
        for step in range(1, 41)]
@@ -27,9 +37,8 @@ def run(tmp_path):
     (folder / "loss.png").write_bytes(b"picture")
     (folder / "results.json").write_text(json.dumps({"trained trunk": {"knn": 62.3, "linear": 66}}))
     (folder / "results.jsonl").write_text("".join(json.dumps(
-        {"protocol": "knn", "checkpoint": "/home/someone/runs/mine", "sha256": sha256,
-         "data": "/home/someone/flowers/", "top1": top1}) + "\n" for sha256, top1 in (
-             (file_digest(folder / "trunk.pt"), 71.25), ("of another file", 99.5))))
+        {"checkpoint": "/home/someone/runs/mine", "sha256": file_digest(folder / "trunk.pt"),
+         "data": "/home/someone/flowers/"} | line) + "\n" for line in MEASURED))
     return folder
 
 
@@ -43,6 +52,10 @@ def test_a_card_holds_what_the_folder_holds(run, tmp_path):
                  "`photos`", "4 (truncated)", "| lr | 4.8 |", "epsilon: 0.03", 'probe: "probe"',
                  "torch 2.14", "| 1 | 128 | 3.99 | 0.999 |", "| 40 | 5120 | 3.6 | 0.96 |",
                  "not finite: 2", "| trained trunk | 62.3 | 66 |", "| knn | flowers | top1 71.25 |",
+                 'cache: "cache"', '| clusters | flowers | out "c.csv", used 7 |',
+                 '| duplicates | flowers | out "found.csv", groups 3, keep "found.keep.txt" |',
+                 '| retrieve | flowers | map 62.5, whiten "others", '
+                 'distractors "more" |',
                  "(0.1, 0.2, 0.3)", "(0.5, 0.6, 0.7)", "first crops had 64",
                  "`seer_regnety_32gf`, whose licence is: SEER License Agreement"):
         assert held in text, held
@@ -51,6 +64,7 @@ def test_a_card_holds_what_the_folder_holds(run, tmp_path):
     main([str(run), "--to", "card", str(out), "--force", "--licence", "CC BY 4.0"])
     assert "## Licence\n\nCC BY 4.0\n" in out.read_text()
     assert out.read_text().count("To be filled in by the owner") == 1
+    assert after(LOG[:1]) == " for 1 step, 128 images"
 
 
 def test_a_card_needs_a_run_and_keeps_to_its_files(run, tmp_path, capsys):

@@ -12,7 +12,7 @@ import torchvision
 
 from tests.helpers import ORACLES
 from weights.__main__ import write
-from weights.atomic import load
+from weights.atomic import load, write_whole
 from weights.files import _InertUnpickler, read
 from weights.load import load_weights
 
@@ -48,6 +48,13 @@ def test_objects_of_other_classes_are_refused_by_name_and_never_made(
     assert not (tmp_path / "exploded").exists()
     torch.load(path, weights_only=False)                        # the bomb is a real one
     assert (tmp_path / "exploded").exists()
+
+
+def test_a_text_is_utf8_and_is_written_beside_what_is_there(tmp_path):
+    (tmp_path / "card.tmp").write_text("mine")
+    write_whole(tmp_path / "card.md", "ü")
+    assert (tmp_path / "card.md").read_bytes() == "ü".encode()
+    assert (tmp_path / "card.tmp").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_torchscript_program_is_not_run(tmp_path):

@@ -8,6 +8,7 @@ from torch import nn
 
 from methods.build import build_trunk
 from weights.__main__ import main
+from weights.onnx import classifier_of
 
 
 def test_what_it_needs_is_asked_for(tmp_path, put, monkeypatch, capsys):
@@ -17,6 +18,24 @@ def test_what_it_needs_is_asked_for(tmp_path, put, monkeypatch, capsys):
               str(tmp_path / "x.onnx")])
     assert stop.value.code == 2 and "pip install onnx onnxscript" in capsys.readouterr().err
     assert not (tmp_path / "x.onnx").exists()
+
+
+def test_a_folder_that_is_not_there_is_missed_before_the_work(tmp_path, put, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(torch.onnx, "export", lambda *given, **options: 1 / 0)
+    with pytest.raises(SystemExit):
+        main([str(put(build_trunk("regnety_100mf").state_dict())), "--to", "onnx",
+              str(tmp_path / "none" / "x.onnx")])
+    assert "none" in capsys.readouterr().err
+
+
+def test_a_classifier_may_have_no_bias():
+    fc = nn.Linear(4, 3, bias=False)
+    found = classifier_of({"fc.weight": fc.weight.detach()})
+    assert found.bias is None and torch.equal(found.weight, fc.weight)
+    found = classifier_of({"fc.weight": fc.weight.detach(), "fc.bias": torch.ones(3)})
+    assert found.bias.sum() == 3
+    assert classifier_of({"stem.0.weight": fc.weight}) is None
 
 
 @pytest.mark.parametrize("classes", [pytest.param(3, marks=pytest.mark.long),
