@@ -99,7 +99,8 @@ def test_codes_of_each_micro_batch_alone_would_differ():
         assert_close({name: grad / 4 for name, grad in apart.items()}, expected, tolerance=0.01)
 
 
-@pytest.mark.parametrize("all_crops, same", [(True, True), (False, False)])
+@pytest.mark.parametrize("all_crops, same", [
+    (True, True), pytest.param(False, False, marks=pytest.mark.long)])
 def test_codes_are_of_the_scores_that_the_loss_sees(all_crops, same):
     """With BatchNorm in training, also in the head. The oracle goes through the micro-batches once,
     makes the codes from these very scores, and goes backward through all. Of the assigned crops
@@ -123,7 +124,7 @@ def test_codes_are_of_the_scores_that_the_loss_sees(all_crops, same):
             assert_close(gradients(model), gradients(other), tolerance=0.01)
 
 
-@pytest.mark.parametrize("all_crops", [False, True])
+@pytest.mark.parametrize("all_crops", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_first_pass_touches_no_buffer_and_the_second_each_once(all_crops):
     model, other, joined = tiny(head_bn=True), tiny(head_bn=True), images(8)
     step_gradients(run_of(model, all_crops=all_crops), 0, cut(joined, 4))

@@ -95,8 +95,8 @@ def test_a_folder_of_pictures_in_a_trained_trunk_out(photos, tmp_path, capsys):
     assert "finished" not in capsys.readouterr().out and (out / "prototypes.png").exists()
 
 
-@pytest.mark.parametrize("precision", ["bf16", *(
-    pytest.param(name, marks=pytest.mark.long) for name in ("fp16", "fp32"))])
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_each_precision_trains(photos, tmp_path, precision):
     run(photos, tmp_path / precision, "--steps=12", f"--precision={precision}",
         "--freeze-prototypes=1")

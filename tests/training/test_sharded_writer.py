@@ -86,8 +86,9 @@ def killed_at(count, action):
 
 
 @pytest.mark.parametrize("before, now, after", [
-    (True, True, True), (True, False, True), (False, True, False), (False, True, True),
-    (True, True, False), (None, True, True)])
+    (True, True, True), (None, True, True), *(pytest.param(*case, marks=pytest.mark.long)
+    for case in ((True, False, True), (False, True, False), (False, True, True),
+                 (True, True, False)))])
 def test_at_every_instant_there_is_a_whole_checkpoint(tmp_path, mesh, before, now, after):
     """Saves of two steps (sharded or not: before), of one that is killed (now), and the next
     (after)."""
@@ -115,7 +116,7 @@ def test_at_every_instant_there_is_a_whole_checkpoint(tmp_path, mesh, before, no
     assert count > 12
 
 
-@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("sharded", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_first_trunk_that_cannot_be_written_costs_no_checkpoint(tmp_path, mesh, sharded):
     """Nor do the saves after it, killed at any instant."""
     def full(path, state):
