@@ -15,7 +15,7 @@ from recipes.config import Config
 from recipes.small import remedies
 from swav import geometry
 
-ROWS = 1024
+ROWS = 1024                 # whose effective rank is computed: more take seconds
 CHANCE = "the loss is not below 99 % of that of predictions that know nothing"
 # a number of the log: whether it tells of a collapse, and what is seen; {} is the number
 SIGNS = {
@@ -43,7 +43,7 @@ def symptoms(statistics: dict[str, float], dim: int) -> dict[str, str]:
     seen = {name: meaning.format(statistics[name]) for name, (tells, meaning) in SIGNS.items()
             if name in statistics and tells(statistics[name])}
     rank = statistics.get("effective_rank", dim)
-    if rank < max(1.5, min(5, 0.02 * dim)):         # of few rows the rank is low for a large dim
+    if rank < max(1.5, 0.02 * min(dim, 256)):       # of a few hundred rows it is no higher
         seen["effective_rank"] = (f"the embeddings' effective rank is {rank:.1f}"
                                   + f" of {dim}" * (dim > 0) + ": they lie nearly on a line")
     return seen

@@ -125,8 +125,7 @@ class Lazy(Sequence):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_crop_is_asked_for_once(method):
-    config = configure({"method": method, "recipe": "demo", "prototypes": 8} if "prototypes"
-                       in METHODS[method].options.split() else {"method": method})
+    config = configure({"method": method})
     model = build_method(config)
     crops = Lazy([torch.zeros(2 * spec.count, 3, 32, 32) for spec in config.crops])
     with torch.no_grad():

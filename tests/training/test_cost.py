@@ -233,3 +233,12 @@ def test_buffers_of_communication_are_those_of_the_groups():
     on_cpu = cost.memory(of, replace(config, sync_bn_group=64, device="cpu"), 16, False, 512)
     assert on_cpu["NCCL's buffers (estimate)"] == 0
     assert 0.5e9 < cost.NCCL_BUFFERS < 0.7e9
+
+
+def test_the_plan_has_the_matrices_of_the_loss():
+    """SimCLR's cosines of 2 x 64 rows with 2 x 128, Barlow Twins' correlations: four at a time."""
+    for method, numbers in (("simclr", 128 * 256), ("barlow_twins", 32 ** 2), ("byol", 0)):
+        config = configure({"method": method, "crops": "2x64", "head": "16-32", "batch_size": 128}
+                           | ({"predictor": "16-32"} if method == "byol" else {}))
+        parts = cost.memory(COST(config, torch.bfloat16), config, 8, False, ranks=2)
+        assert parts["matrices of the loss"] == 4 * 4 * numbers
