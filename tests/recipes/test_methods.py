@@ -139,9 +139,9 @@ def test_a_rule_follows_the_batch_and_the_processes():
     for world in (3, 6, 12):                                        # MoCo's queue is whole on each
         config = configure({"method": "mocov2", "recipe": "small"}, world, images)
         assert config.queue % config.batch_size == 0 and 1900 < config.queue <= 2048
-    dino = configure({"recipe": "dino"})
+    dino = recipe("dino")
     longer = replace(dino, steps=10 * dino.steps, extended_at=dino.steps)
-    assert build_method(longer, "meta").warmup == build_method(dino, "meta").warmup
+    assert build_method(longer, "meta").warmup == build_method(dino, "meta").warmup > 0
 
 
 @pytest.mark.parametrize("given, images, name", [
