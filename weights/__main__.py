@@ -5,6 +5,7 @@
     python -m weights FILE --to timm OUT        # also write it to OUT, with timm's names
     python -m weights FILE --to hf FOLDER       # a folder that transformers opens
     python -m weights FILE --to onnx OUT        # a graph
+    python -m weights RUN --to release OUT      # all its weights and its preprocessing, to hand out
     python -m weights RUN --to card README.md   # what the run's folder says about its trunk
 
 FILE is anything that weights.files.read takes: a path, a run's folder, a URL, an official name. OUT
@@ -24,7 +25,9 @@ from weights.names import TARGETS, from_ours, part_of, to_ours
 from weights.official import LICENCES, OFFICIAL, gigabytes, official_names
 from weights.terminal import Text, one_sentence
 
-FORMATS = {"hf": "a folder that transformers opens as a RegNetModel",
+PATHS = ("data", "out", "init", "cache", "probe")       # of a run; not handed out
+FORMATS = {"release": "the weights of a run with its settings, without optimizer and paths",
+           "hf": "a folder that transformers opens as a RegNetModel",
            "onnx": "a graph, images to features",
            "card": "a page of Markdown on what a run's folder holds, for who gets its weights"}
 
@@ -72,6 +75,16 @@ def write(tensors: dict[str, Tensor], layout: str, out: Path) -> None:
     save_safetensors(out, state)
 
 
+def release(loaded: Loaded, out: Path) -> None:
+    """Write a file that evaluate.py reads as it reads the run's own. Raises ValueError where the
+    settings are not known."""
+    from weights.preprocessing import config_of         # needs multicrop.py
+    config = {name: value for name, value in config_of(loaded).items() if name not in PATHS}
+    if not config:
+        raise ValueError(f"{loaded.path} is not of a run, or its config.json is gone")
+    save(out, {"version": 1, "config": config, "model": dict(loaded.tensors)})
+
+
 def print_left_out(tensors: dict[str, Tensor], kept: set[str], target: str) -> None:
     if left := sorted({*map(part_of, tensors)} - kept):
         print(f"left out, for {target} has no place for them: {', '.join(left)}", file=sys.stderr)
@@ -84,6 +97,8 @@ def convert(loaded: Loaded, target: str, out: Path, force: bool, licence: str) -
     if target == "card":
         from weights.card import write_card
         write_card(loaded, out, licence, force)
+    elif target == "release":
+        release(loaded, out)
     elif target == "hf":
         from weights.huggingface import write_folder
         write_folder(loaded, out)

@@ -31,11 +31,12 @@ LICENCES = {
     "dino": "Apache-2.0 (github.com/facebookresearch/dino)",
     "barlowtwins": "MIT (github.com/facebookresearch/barlowtwins)",
     "lightly": "MIT (github.com/lightly-ai/lightly)",
+    "miniature": "MIT, as this project; those of its pictures are in docs/miniature.md",
 }
 
 
 class Official(NamedTuple):
-    url: str
+    url: str                       # or a file of this repository
     arch: str                      # a name of regnet.ARCHS or of RESNETS
     licence: str                   # a key of LICENCES
     about: str
@@ -207,8 +208,14 @@ def _of_torchvision() -> Iterator[tuple[str, Official]]:
             "SWAG, hashtags, then ImageNet with the trunk frozen")
 
 
+def _of_this_project() -> Iterator[tuple[str, Official]]:
+    yield "miniature_regnety_100mf", Official(
+        "weights/miniature_regnety_100mf.pt", "regnety_100mf", "miniature",
+        "SwAV on 32,156 pictures of Debian's packages, no labels, at 64 pixels")
+
+
 OFFICIAL = {name: entry for entries in (
-    _of_vissl(), _of_swav(), _of_methods(), _of_torchvision()) for name, entry in entries}
+    _of_this_project(), _of_vissl(), _of_swav(), _of_methods(), _of_torchvision()) for name, entry in entries}
 _licences_printed = set()          # by this process
 # names that files of other runs and methods have too
 _COMMON = re.compile(r"(resnet50|checkpoint|epoch.*|model_final_checkpoint_phase\d+)\.\w+")
@@ -222,22 +229,31 @@ def official_names(path: Path) -> list[str]:
         and (entry.licence in ("seer", "vissl") or not _COMMON.fullmatch(path.name)))]
 
 
+def is_shipped(name: str) -> bool:
+    """Whether the file is in this repository."""
+    return "://" not in OFFICIAL[name].url
+
+
 def fetch_path(name: str) -> Path:
-    """Where an official file is kept: in torch.hub's cache, named as torchvision names its own, by
-    the last part of the URL, so that both share it. Where other URLs may end alike (two of SEER's
-    do) it is NAME.torch."""
+    """Where an official file is kept: in this repository, or in torch.hub's cache, named as
+    torchvision names its own, by the last part of the URL, so that both share it. Where other URLs
+    may end alike (two of SEER's do) it is NAME.torch."""
+    if is_shipped(name):
+        return Path(__file__).parents[1] / OFFICIAL[name].url
     last = OFFICIAL[name].url.rpartition("/")[2]
     return Path(torch.hub.get_dir(), "checkpoints",
                 f"{name}.torch" if _COMMON.fullmatch(last) else last)
 
 
 def fetch(name: str, quiet: bool = False) -> Path:
-    """An official file in torch.hub's cache; downloaded if it is not there. Prints its licence
-    once, unless quiet. Raises ValueError where the download fails."""
+    """An official file's path; downloaded if it is not there. Prints its licence once, unless
+    quiet. Raises ValueError where the download fails."""
     entry = OFFICIAL[name]
     if entry.licence not in _licences_printed and not quiet:
         _licences_printed.add(entry.licence)
         print(f"licence of {name}: {LICENCES[entry.licence]}", file=sys.stderr)
+    if is_shipped(name):
+        return fetch_path(name)
     digest = re.search(r"-([0-9a-f]{8})\.", entry.url.rpartition("/")[2])
     return download(entry.url, fetch_path(name), digest and digest[1], gigabytes(entry))
 

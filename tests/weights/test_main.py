@@ -2,9 +2,16 @@
 import pytest
 import torch
 
+from recipes.config import Config
+from regnet import ARCHS, RegNet
+from swav import SwAV
 from tests.helpers import ORACLES
 from weights.__main__ import main
+from weights.atomic import load, save
+from weights.files import read
+from weights.load import load_weights
 from weights.official import OFFICIAL
+from weights.preprocessing import config_of, preprocessing_of
 
 TINY = torch.load(ORACLES / "regnet_tiny.pt", weights_only=True)
 
@@ -31,3 +38,27 @@ def test_the_command_says_what_a_file_is_and_converts_it(tmp_path, put, capsys):
             main(argv)
         assert stop.value.code == 2 and "weights: error: " in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_release_has_the_weights_and_the_settings_and_no_path(tmp_path, capsys):
+    model = SwAV(RegNet(ARCHS["regnety_100mf"]), head=(32, 16), prototypes=8, head_bn=True)
+    config = Config(data=str(tmp_path), out="/home/someone", arch="regnety_100mf", head="32-16",
+                    crops="2x48+1x32", mean="0.1,0.2,0.3", head_bn=True, prototypes=8)
+    save(tmp_path / "checkpoint.pt", {"version": 4, "step": 3, "config": config.as_dict(),
+                                      "model": model.state_dict(), "optimizer": {"state": {}}})
+    out = tmp_path / "release.pt"
+    main([str(tmp_path / "checkpoint.pt"), "--to", "release", str(out)])
+    assert "prototypes: 8" in capsys.readouterr().out
+    content, loaded = load(out), read(out)
+    assert content.keys() == {"version", "config", "model"}
+    assert not {"data", "out"} & content["config"].keys()
+    other = SwAV(RegNet(ARCHS["regnety_100mf"]), head=(32, 16), prototypes=8, head_bn=True)
+    assert load_weights(other, out).untouched == ()
+    assert all(torch.equal(value, other.state_dict()[name])
+               for name, value in model.state_dict().items())
+    known = preprocessing_of(config_of(loaded), out)
+    assert (known["size"], known["mean"]) == (48, (0.1, 0.2, 0.3))
+    save(tmp_path / "bare.pt", model.trunk.state_dict())
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "bare.pt"), "--to", "release", str(tmp_path / "other.pt")])
+    assert "not of a run" in capsys.readouterr().err

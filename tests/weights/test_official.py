@@ -93,7 +93,7 @@ def test_torchvisions_addresses_are_torchvisions():
 
 
 def test_each_official_file_has_a_known_arch_licence_and_place():
-    assert len(OFFICIAL) == 10 + 2 + 7 + 28 + 6 + 8 + 18 + 9
+    assert len(OFFICIAL) == 1 + 10 + 2 + 7 + 28 + 6 + 8 + 18 + 9
     assert {entry.licence for entry in OFFICIAL.values()} == set(LICENCES)
     assert {entry.arch for entry in OFFICIAL.values()} <= {*ARCHS, *RESNETS}
     assert len({entry.url for entry in OFFICIAL.values()}) == len(OFFICIAL)
