@@ -45,20 +45,22 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 def read_cells(out: Path, names: Sequence[str] = ("method", "seed")) -> dict[tuple, dict]:
     """(method, seed) -> the last line of it in results.jsonl; a line that was cut off is none, and
-    a failure does not replace numbers. names: that make the key."""
-    cells, path = {}, out / "results.jsonl"
+    a failure without numbers does not replace some. names: that make the key."""
+    cells, path, bare = {}, out / "results.jsonl", {*names, "failed"}
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             cell = json.loads(line)
             key = tuple(cell[name] for name in names)
-            if "failed" not in cell or "failed" in cells.get(key, {"failed": ""}):
+            if cell.keys() - bare or not cells.get(key, {}).keys() - bare:
                 cells[key] = cell
     return cells
 
 
 def write_cell(out: Path, cell: dict) -> None:
-    with open(out / "results.jsonl", "a") as file:
-        file.write(json.dumps(cell) + "\n")
+    path = out / "results.jsonl"
+    before = path.read_text() if path.exists() else ""
+    with open(path, "a") as file:       # a line of its own, also after one that was cut off
+        file.write("\n" * (before != "" and before[-1] != "\n") + json.dumps(cell) + "\n")
 
 
 def is_finished(cell: dict | None, columns: Sequence[str]) -> bool:

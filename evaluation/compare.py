@@ -53,7 +53,7 @@ from evaluation.task import EvalTask, Extracted, choose_preprocessing, open_task
 from figures.comparison import comparison
 from figures.curves import read_log
 from methods.build import METHODS
-from weights.atomic import write_whole
+from weights.atomic import lock, write_whole
 
 SHARES = {"1": 0.01, "10": 0.1}                         # per cent of the labels
 TIMED = {"steps": 15, "log_every": 5}                   # of --minutes; the log has three lines
@@ -226,7 +226,8 @@ def run(options: argparse.Namespace, recipe) -> bool:
                 "crop_ratio": options.crop_ratio, "bicubic": options.bicubic,
                 "precision": options.precision, "epochs": options.epochs, **length}
     keep_settings(out / "compare.json", settings)
-    until_interrupted(lambda: fill(options, recipe, out, settings), options.jobs)
+    with contextlib.closing(lock(out)):
+        until_interrupted(lambda: fill(options, recipe, out, settings), options.jobs)
     print(write_table(out, settings))
     try:
         draw(out, settings)

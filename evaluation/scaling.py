@@ -7,9 +7,9 @@
 A cell is a number of pictures, a trunk and a seed. Its run is a process, `train.py`, in
 OUT/PICTURES-ARCH-SEED; what it prints is in OUT/PICTURES-ARCH-SEED.txt. Then the frozen trunk is
 measured on each set, and the cell is a line of OUT/results.jsonl. The same command goes on where it
-was ended; a set that is added is measured without training anew. The untrained trunks are cells of
-0 pictures. OUT also holds scaling.json (the settings, which all cells share), table.md and
-scaling.png.
+was ended; a set that is added or has changed is measured without training anew. The untrained
+trunks are cells of 0 pictures. OUT also holds scaling.json (the settings, which all cells share),
+table.md and scaling.png.
 
 The pictures of a cell are the first ones of a fixed permutation of --data: the same for all trunks
 and seeds, and larger parts hold the smaller ones. A part is packed once, as it is, into
@@ -23,15 +23,17 @@ would follow from measured speed, and changes the pixels.
 """
 import argparse
 import contextlib
+import hashlib
 import itertools
 import os
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
-from data.labelled import NamedSubset, open_splits
+from data.labelled import Labelled, NamedSubset, open_splits
 from data.shards import pack
 from data.stream import permute
 from evaluation.cells import (
@@ -47,7 +49,8 @@ from evaluation.compare import frozen, task_of
 from evaluation.runs import command, measured, until_interrupted
 from figures.scaling import scaling
 from methods.build import TRUNKS
-from weights.atomic import write_whole
+from weights.atomic import lock, write_whole
+from weights.terminal import reason
 
 KEY = ("pictures", "arch", "seed")
 MEASURES = {"linear": "linear", "knn": "kNN"}
@@ -68,45 +71,66 @@ def part_of(images, count: int, data: str, out: Path) -> str:
     return str(folder / "000000.tar")
 
 
-def is_finished(cell: dict, sets: Sequence[str]) -> bool:
-    return {*sets} <= cell.get("sets", {}).keys()
+def digest_of(parts: Sequence[Labelled]) -> str:
+    """Of a labelled set: changes where its names, their sizes or their labels do."""
+    digest = hashlib.sha256()
+    for part in parts:
+        images = getattr(part.images, "dataset", part.images)           # of a subset: the whole
+        digest.update(f"{images.fingerprint} {images.sizes} {part.classes}".encode(
+            errors="surrogateescape") + part.targets.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def fill(options: argparse.Namespace, images, recipe, rule: dict, out: Path, sets: Sequence[str],
-         settings: dict) -> None:
+def missing(cell: dict, digests: Mapping[str, str]) -> list[str]:
+    """Names of the sets on which it was not measured, as they are now."""
+    found = cell.get("sets", {})
+    return [name for name, digest in digests.items() if found.get(name, {}).get("set") != digest]
+
+
+def fill(options: argparse.Namespace, images, recipe, rule: dict, out: Path,
+         digests: Mapping[str, str], settings: dict) -> None:
     """The cells that are asked for and not there, and their sets. The table is written after
     each."""
-    cells = read_cells(out, KEY)
-    counts = [0, *(len(images) if count == "all" else count for count in options.pictures)]
-    todo = [(count, arch, seed)
-            for seed, count, arch in itertools.product(options.seeds, counts, options.archs)
-            if not is_finished(cells.get((count, arch, seed), {}), sets)]
+    cells, todo = read_cells(out, KEY), wanted(options, len(images))
+    todo = [key for key in todo if missing(cells.get(key, {}), digests)]
+    places = {Path(one).name: os.path.abspath(one) for one in options.sets}
     runs = {key: out / "-".join(map(str, key)) for key in todo}
-    parts = {count: part_of(images, count, options.data, out)
-             for count in {count for count, *_ in todo} if count}
-    commands = {(count, arch, seed): (
-        command(options, data=parts[count], **rule, arch=arch, seed=seed, cache="off",
-                images=settings["images"], out=runs[count, arch, seed]),
-        Path(f"{runs[count, arch, seed]}.txt"))
-        for count, arch, seed in todo if count and "sets" not in cells.get((count, arch, seed), {})}
+    commands = {}
+    for count, arch, seed in todo:
+        if count and "sets" not in cells.get((count, arch, seed), {}):
+            run = runs[count, arch, seed]
+            commands[count, arch, seed] = command(
+                options, data=part_of(images, count, options.data, out), **rule, arch=arch,
+                seed=seed, cache="off", images=settings["images"], out=run), Path(f"{run}.txt")
 
     def measure(count: int, arch: str, seed: int) -> dict:
         run, before = runs[count, arch, seed], cells.get((count, arch, seed), {})
-        found = dict(before.get("sets", {}))
-        for one in (one for one in sets if one not in found):
-            task = task_of(options, recipe, run / "trunk.pt" if count else "random", what="linear",
-                           data=one, arch=arch, seed=seed)
-            found[one] = frozen(*task.extract_splits(["avgpool"]))
+        found, faults = dict(before.get("sets", {})), []
+        for name in missing(before, digests):
+            try:
+                task = task_of(options, recipe, run / "trunk.pt" if count else "random",
+                               what="linear", data=places[name], arch=arch, seed=seed)
+                found[name] = frozen(*task.extract_splits(["avgpool"])) | {"set": digests[name]}
+            except (ValueError, OSError, RuntimeError) as error:        # the others are measured
+                faults.append(f"{name}: {reason(error)}")
         trained = cost(run) | {"jobs": before.get("jobs", options.jobs)} if count else {}
-        return {"sets": found} | trained
+        return {"sets": found} | trained | ({"failed": "; ".join(faults)} if faults else {})
 
     with contextlib.closing(measured(todo, commands, {}, measure, options.jobs)) as ended:
         for key, cell in ended:
             write_cell(out, dict(zip(KEY, key)) | cell)
-            write_table(out, sets, settings)
+            write_table(out, digests, settings)
             numbers = cell.get("failed") or ", ".join(
-                f"{Path(one).name} {cell['sets'][one]}" for one in sets)
+                f"{name} {' '.join(f'{measure} {numbers[measure]}' for measure in MEASURES)}"
+                for name, numbers in cell["sets"].items() if name in digests)
             print(f"{name_of(key)}: {numbers}", file=sys.stderr, flush=True)
+
+
+def wanted(options: argparse.Namespace, total: int) -> list[tuple[int, str, int]]:
+    """(pictures, arch, seed) of the cells that are asked for; 0 pictures: untrained."""
+    counts = [0, *(total if count == "all" else count for count in options.pictures)]
+    return [(count, arch, seed) for seed, count, arch in itertools.product(
+        options.seeds, counts, options.archs)]
 
 
 def name_of(key: tuple[int, str, int]) -> str:
@@ -115,13 +139,14 @@ def name_of(key: tuple[int, str, int]) -> str:
 
 
 # ---------------------------------------------------------------------------------- what is shown
-def rows_of(cells: dict[tuple, dict], sets: Sequence[str]) -> dict[tuple[str, int], list[dict]]:
-    """(arch, pictures) -> its cells that have these sets, one a seed; by size of the trunk, then by
-    number of pictures."""
+def rows_of(cells: dict[tuple, dict],
+            digests: Mapping[str, str]) -> dict[tuple[str, int], list[dict]]:
+    """(arch, pictures) -> its cells that have these sets as they are, one a seed; by size of the
+    trunk, then by number of pictures."""
     rows = {}
     for (count, arch, _), cell in sorted(
             cells.items(), key=lambda pair: (TRUNKS.index(pair[0][1]), pair[0])):
-        if is_finished(cell, sets):
+        if not missing(cell, digests):
             rows.setdefault((arch, count), []).append(cell)
     return rows
 
@@ -133,7 +158,7 @@ def means(row: Sequence[dict], sets: Sequence[str], measure: str) -> list[float]
 
 def table(rows: dict[tuple[str, int], list[dict]], sets: Sequence[str]) -> str:
     """Markdown: the means over the sets, then each set."""
-    columns = [("mean", sets), *((Path(one).name, [one]) for one in sets)]
+    columns = [("mean", sets), *((name, [name]) for name in sets)]
     head = ["trunk", "pictures", *(f"{name}, {title}" for name, _ in columns
                                    for title in MEASURES.values()), "minutes", "n"]
     lines = []
@@ -150,9 +175,10 @@ def caption(settings: dict, cells: dict[tuple, dict]) -> str:
     """Of the table: what was held equal, what the numbers are, and which cells have failed."""
     about = (f"SwAV on parts of {settings['data']}, {settings['total']:,} pictures; each run saw "
              f"{settings['images']:,}, with recipe {settings['recipe']}'s settings for the whole "
-             f"set. Frozen trunks at {settings['size']} pixels, top-1 in per cent; mean: over the "
-             "sets. ±: deviation of the sample, over n seeds, which share the parts. Minutes are "
-             "those of training alone.")
+             f"set. Frozen trunks at {settings['size']} pixels, crop ratio "
+             f"{settings['crop_ratio']}; top-1 in per cent; mean: over the sets. ±: deviation of "
+             "the sample, over n seeds, which share the parts. Minutes are "
+             f"those of training alone. Measured up to {date.today()}.")
     beside = max((cell.get("jobs", 1) for cell in cells.values()), default=1)
     if beside > 1:
         about += f" Up to {beside} runs shared the machine, which the minutes show."
@@ -161,28 +187,29 @@ def caption(settings: dict, cells: dict[tuple, dict]) -> str:
     return "\n\n".join([about, *failed])
 
 
-def write_table(out: Path, sets: Sequence[str], settings: dict) -> str:
+def write_table(out: Path, digests: Mapping[str, str], settings: dict) -> str:
     cells = read_cells(out, KEY)
-    text = f"{table(rows_of(cells, sets), sets)}\n\n{caption(settings, cells)}\n"
+    text = f"{table(rows_of(cells, digests), [*digests])}\n\n{caption(settings, cells)}\n"
     write_whole(out / "table.md", text)
     return text
 
 
-def draw(out: Path, sets: Sequence[str], settings: dict) -> None:
-    panels, rows = {}, rows_of(read_cells(out, KEY), sets)
+def draw(out: Path, digests: Mapping[str, str], settings: dict) -> None:
+    panels, rows = {}, rows_of(read_cells(out, KEY), digests)
     for measure, title in MEASURES.items():
         lines = panels.setdefault(title, {})
         for (arch, count), row in rows.items():
-            lines.setdefault(arch, {})[count] = means(row, sets, measure)
-    title = (f"frozen trunks, mean of {len(sets)} sets; {settings['images']:,} pictures seen by "
+            lines.setdefault(arch, {})[count] = means(row, [*digests], measure)
+    title = (f"frozen trunks, mean of {len(digests)} sets; {settings['images']:,} pictures seen by "
              "each run")
     if rows:
         scaling(out / "scaling.png", title, panels)
 
 
 # ------------------------------------------------------------------------------------ the protocol
-def check(options: argparse.Namespace, images, sets: Sequence[str], batch: int) -> None:
-    """Raises ValueError for what cannot be measured or trained."""
+def check(options: argparse.Namespace, images, batch: int) -> dict[str, str]:
+    """Names of the sets, with their digests. Raises ValueError for what cannot be measured or
+    trained."""
     if options.arch:
         raise ValueError("scaling takes --archs, not --arch")
     if unknown := sorted({*options.archs} - {*TRUNKS}):
@@ -191,11 +218,16 @@ def check(options: argparse.Namespace, images, sets: Sequence[str], batch: int) 
         if count != "all" and not batch <= count <= len(images):
             raise ValueError(f"--pictures {count}: needs all, or from {batch:,}, which is a batch, "
                              f"to {len(images):,}, which {options.data} has")
-    if not sets or len({Path(one).name for one in sets}) < len(sets):
+    names = [Path(one).name for one in options.sets]
+    if not names or len({*names}) < len(names):
         raise ValueError("scaling needs --sets: labelled sets, of different names")
-    for one in sets:
-        if any(part.multilabel for part in open_splits(one)):
+    digests = {}
+    for name, one in zip(names, options.sets):
+        parts = open_splits(one)
+        if any(part.multilabel for part in parts):
             raise ValueError(f"scaling needs images with one label each, and {one} has others")
+        digests[name] = digest_of(parts)
+    return digests
 
 
 def run(options: argparse.Namespace, images, recipe, names: Sequence[str]) -> bool:
@@ -206,8 +238,7 @@ def run(options: argparse.Namespace, images, recipe, names: Sequence[str]) -> bo
     what cannot be measured or trained.
     """
     out, values = Path(options.checkpoint), recipe.as_dict()
-    sets = [os.path.abspath(one) for one in options.sets]
-    check(options, images, sets, recipe.batch_size)
+    digests = check(options, images, recipe.batch_size)
     rule = {"recipe": recipe.recipe} | {
         name: values[name] for name in names if name not in ("arch", "steps", "epochs", "images")}
     settings = rule | {
@@ -216,11 +247,13 @@ def run(options: argparse.Namespace, images, recipe, names: Sequence[str]) -> bo
         "size": options.size or recipe.crops[0].size, "crop_ratio": options.crop_ratio,
         "bicubic": options.bicubic, "precision": options.precision}
     keep_settings(out / "scaling.json", settings)
-    until_interrupted(lambda: fill(options, images, recipe, rule, out, sets, settings),
-                      options.jobs)
-    print(write_table(out, sets, settings))
+    with contextlib.closing(lock(out)):
+        until_interrupted(lambda: fill(options, images, recipe, rule, out, digests, settings),
+                          options.jobs)
+    print(write_table(out, digests, settings))
     try:
-        draw(out, sets, settings)
+        draw(out, digests, settings)
     except ImportError as error:
         print(error, file=sys.stderr)
-    return not any("failed" in cell for cell in read_cells(out, KEY).values())
+    cells = read_cells(out, KEY)
+    return not any(missing(cells.get(key, {}), digests) for key in wanted(options, len(images)))

@@ -3,11 +3,11 @@
     line = {0: [41.0], 1000: [55.2, 54.1], 4000: [57.9, 58.3]}      # pictures -> one a seed
     scaling("scaling.png", "mean of six sets", {"linear": {"regnety_100mf": line}})
 
-A panel for each measure. The bars are one deviation of the sample over the seeds. The dotted level
-of a line's colour, 0 pictures, is the untrained trunk.
+A panel for each measure. The bars are one deviation of the sample over the n seeds; a single seed
+has none. The dotted level of a line's colour, 0 pictures, is the untrained trunk.
 """
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 ASK = "pip install matplotlib to have the scaling drawn"
@@ -30,7 +30,7 @@ def scaling(path: str | Path, title: str,
                           for count in counts]
             axis.errorbar(counts, [statistics.fmean(values[count]) for count in counts],
                           yerr=deviations if any(deviations) else None, fmt="o-", color=color,
-                          capsize=4, label=trunk)
+                          capsize=4, label=f"{trunk}, n = {seeds(values.values())}")
             if 0 in values:
                 axis.axhline(statistics.fmean(values[0]), color=color, linestyle=":")
         ticks = sorted({count for values in trunks.values() for count in values if count})
@@ -42,3 +42,9 @@ def scaling(path: str | Path, title: str,
     axes[0].legend()
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=120)
+
+
+def seeds(values: Iterable[Sequence[float]]) -> str:
+    """How many there are: "3", or "1 to 3"."""
+    counts = [*map(len, values)]
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))

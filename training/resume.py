@@ -16,9 +16,9 @@ from pathlib import Path
 from distributed.ranks import fail_together, gather_lists, rank_and_world
 from recipes.config import LENGTHS, Config, check_ranks
 from training.checkpoint import VERSION
-from training.run_folder import lock, refuse_foreign
+from training.run_folder import refuse_foreign
 from training.writer import LAST, newest
-from weights.atomic import load
+from weights.atomic import load, lock
 from weights.sharded import fault_of, load_plain
 
 KNOWN = {field.name for field in dataclasses.fields(Config)}

@@ -1,6 +1,5 @@
-"""Run folder: one run at a time, nobody else's files, and a log without lines of lost steps.
+"""Run folder: nobody else's files, and a log without lines of lost steps.
 
-    held = lock(out)
     refuse_foreign(out)                                 # of a folder without a checkpoint
     log = Log(out / "log.jsonl", state["step"] if state else 0)
 
@@ -13,11 +12,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:                      # Windows
-    fcntl = None
-
 import torch
 
 from recipes.config import Config
@@ -27,22 +21,6 @@ from weights.atomic import write_whole
 MAX_NAMED = 100_000         # images
 PRODUCTS = ("trunk.pt", "prototypes.png", "neighbours.png", "results.json")     # of a finished run
 FILES = ("config.json", "log.jsonl", "views.png", "loss.png", *PRODUCTS)
-
-
-def lock(folder: Path):
-    """Keep a second run out of a folder, as long as the returned file is open; the lock ends with
-    the process. Raises ValueError where another process has it."""
-    file = open(folder / ".lock", "a")
-    if fcntl:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # not inherited by workers
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise ValueError(f"another run is at work in {folder}; wait for it, or choose another "
-                             "--out") from None
-        except OSError:                 # some network file systems know no locks
-            pass
-    return file
 
 
 def refuse_foreign(out: Path) -> None:

@@ -10,12 +10,19 @@ A file is written aside, flushed to the disk, read back, and renamed over the ol
 any instant leaves the old file or the new one. A checkpoint is a plain torch file that loads with
 weights_only=True. Being a zip archive it may end with a comment: here the SHA-256 of the rest, so
 that a file that was cut short, or that has one wrong bit, is recognised.
+
+    held = lock(Path("runs/mine"))                     # no second process in that folder
 """
 import hashlib
 import json
 import os
 import pickle
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                      # Windows
+    fcntl = None
 
 import torch
 
@@ -151,3 +158,19 @@ def read_lines(path: Path) -> list[dict]:
     ValueError."""
     written = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in written if line.endswith("\n")]
+
+
+def lock(folder: Path):
+    """Keep a second process out of a folder, as long as the returned file is open; the lock ends
+    with the process. Raises ValueError where another one has it."""
+    file = open(folder / ".lock", "a")
+    if fcntl:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # not inherited by workers
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise ValueError(f"another run is at work in {folder}; wait for it, or choose another "
+                             "folder") from None
+        except OSError:                 # some network file systems know no locks
+            pass
+    return file

@@ -215,7 +215,8 @@ def _of_this_project() -> Iterator[tuple[str, Official]]:
 
 
 OFFICIAL = {name: entry for entries in (
-    _of_this_project(), _of_vissl(), _of_swav(), _of_methods(), _of_torchvision()) for name, entry in entries}
+    _of_this_project(), _of_vissl(), _of_swav(), _of_methods(), _of_torchvision())
+    for name, entry in entries}
 _licences_printed = set()          # by this process
 # names that files of other runs and methods have too
 _COMMON = re.compile(r"(resnet50|checkpoint|epoch.*|model_final_checkpoint_phase\d+)\.\w+")

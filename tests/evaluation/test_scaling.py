@@ -2,31 +2,36 @@
 one small figure from end to end."""
 import argparse
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import evaluate
 from data.images import open_images
+from data.labelled import open_splits
 from evaluation import runs, scaling
 from evaluation.cells import read_cells, write_cell
 from figures.scaling import scaling as plot
 from tests.evaluation.conftest import QUICK
 from tests.helpers import ROOT, environment, write_pictures
 
-ONE, TWO = "/sets/one", "/sets/two"
-SETTINGS = {"data": "/photos", "total": 60, "images": 6400, "recipe": "small", "size": 64}
+NOW = {"one": "1", "two": "2"}          # the sets and their digests
+SETTINGS = {"data": "/photos", "total": 60, "images": 6400, "recipe": "small", "size": 64,
+            "crop_ratio": 1.0}
 TRAINED = {"minutes": 2.0, "memory_gb": 0.5, "images": 6400, "jobs": 2}
 
 
 def cell(pictures, arch, seed, *numbers, **more):
     """numbers: of each set its kNN and linear."""
-    pairs = zip(numbers[::2], numbers[1::2])
-    sets = {one: {"knn": knn, "linear": linear} for one, (knn, linear) in zip((ONE, TWO), pairs)}
+    pairs = zip(NOW.items(), zip(numbers[::2], numbers[1::2]))
+    sets = {name: {"knn": knn, "linear": linear, "set": digest}
+            for (name, digest), (knn, linear) in pairs}
     return {"pictures": pictures, "arch": arch, "seed": seed, "sets": sets} | more
 
 
@@ -47,7 +52,7 @@ def out(tmp_path):
 
 def test_table_of_hand_made_cells(out):
     """40 pictures: linear means 3 and 5, kNN 2 and 5. 60 of the 100MF have no second set."""
-    lines = scaling.write_table(out, [ONE, TWO], SETTINGS).splitlines()
+    lines = scaling.write_table(out, NOW, SETTINGS).splitlines()
     assert lines[:5] == [
         "| trunk | pictures | mean, linear | mean, kNN | one, linear | one, kNN | two, linear | "
         "two, kNN | minutes | n |",
@@ -59,8 +64,10 @@ def test_table_of_hand_made_cells(out):
     assert "60 pictures; each run saw 6,400, with recipe small's settings" in lines[6]
     assert "Up to 2 runs shared the machine" in lines[6]
     assert lines[8:] == ["regnety_200mf, 60 pictures, seed 0, failed: full"]
-    one = scaling.table(scaling.rows_of(read_cells(out, scaling.KEY), [ONE]), [ONE])
+    rows = scaling.rows_of(read_cells(out, scaling.KEY), {"one": "1"})
+    one = scaling.table(rows, ["one"])
     assert one.splitlines()[2].startswith("| regnety_100mf | 60 | 9.0 | 9.0 |")
+    assert scaling.rows_of(read_cells(out, scaling.KEY), {"one": "changed"}) == {}
 
 
 def test_parts_are_nested_and_packed_once(tmp_path):
@@ -80,7 +87,7 @@ def test_parts_are_nested_and_packed_once(tmp_path):
 
 def test_what_is_there_is_not_run_or_measured_again(out, monkeypatch):
     """Runs and measurements are stand-ins. The 100MF lacks the second set alone; of the 200MF 60
-    pictures failed before."""
+    pictures failed before. The untrained 400MF cannot be measured on the second set."""
     started, seen = {}, []
 
     def run(commands, jobs):
@@ -90,7 +97,9 @@ def test_what_is_there_is_not_run_or_measured_again(out, monkeypatch):
             yield key, 2 * (key[1] == "regnety_400mf")
 
     def task_of(options, recipe, checkpoint, data, arch, seed, what):
-        seen.append((arch, str(checkpoint).removeprefix(f"{out}/"), data))
+        seen.append((arch, str(checkpoint).removeprefix(f"{out}/"), Path(data).name))
+        if (arch, str(checkpoint), Path(data).name) == ("regnety_400mf", "random", "two"):
+            raise OSError("a disk that is gone")
         return argparse.Namespace(extract_splits=lambda depths: ())
 
     monkeypatch.setattr(runs, "side_by_side", run)
@@ -98,24 +107,50 @@ def test_what_is_there_is_not_run_or_measured_again(out, monkeypatch):
     monkeypatch.setattr(scaling, "frozen", lambda: {"knn": 1.0, "linear": 2.0})
     monkeypatch.setattr(scaling, "cost", lambda run: TRAINED)
     options = evaluate.parse(["scaling", str(out), "--data=photos", "--pictures=all", "--seeds=0",
-                              "--archs=regnety_100mf,regnety_200mf,regnety_400mf", *QUICK])
-    scaling.fill(options, range(60), None, {"recipe": "small", "lr": 9.6, "hard": False}, out,
-                 [ONE, TWO], SETTINGS)
+                              "--archs=regnety_100mf,regnety_200mf,regnety_400mf",
+                              "--sets=sets/one,two", *QUICK])
+    scaling.fill(options, range(60), None, {"recipe": "small", "lr": 9.6, "hard": False}, out, NOW,
+                 SETTINGS)
     assert {*started} == {(60, "regnety_200mf", 0), (60, "regnety_400mf", 0)}
     words = " ".join(map(str, started[60, "regnety_200mf", 0]))
     assert " --data photos --recipe small --lr 9.6 --no-hard --arch regnety_200mf " in words
     assert " --cache off --images 6400 " in words
-    assert seen == [("regnety_100mf", "random", ONE), ("regnety_100mf", "random", TWO),
-                    ("regnety_400mf", "random", ONE), ("regnety_400mf", "random", TWO),
-                    ("regnety_100mf", "60-regnety_100mf-0/trunk.pt", TWO),
-                    ("regnety_200mf", "60-regnety_200mf-0/trunk.pt", ONE),
-                    ("regnety_200mf", "60-regnety_200mf-0/trunk.pt", TWO)]
+    assert seen == [("regnety_100mf", "random", "one"), ("regnety_100mf", "random", "two"),
+                    ("regnety_400mf", "random", "one"), ("regnety_400mf", "random", "two"),
+                    ("regnety_100mf", "60-regnety_100mf-0/trunk.pt", "two"),
+                    ("regnety_200mf", "60-regnety_200mf-0/trunk.pt", "one"),
+                    ("regnety_200mf", "60-regnety_200mf-0/trunk.pt", "two")]
     cells = read_cells(out, scaling.KEY)
     assert [cells[60, arch, 0]["jobs"] for arch in ("regnety_100mf", "regnety_200mf")] == [2, 1]
     assert cells[60, "regnety_100mf", 0]["sets"] == {
-        ONE: {"knn": 9.0, "linear": 9.0}, TWO: {"knn": 1.0, "linear": 2.0}}
+        "one": {"knn": 9.0, "linear": 9.0, "set": "1"},
+        "two": {"knn": 1.0, "linear": 2.0, "set": "2"}}
     assert cells[60, "regnety_400mf", 0]["failed"] == "exit status 2: no room left"
     assert "failed" not in cells[60, "regnety_200mf", 0]
+    failed = cells[0, "regnety_400mf", 0]
+    assert failed["failed"] == "two: a disk that is gone" and {*failed["sets"]} == {"one"}
+    assert scaling.missing(failed, NOW) == ["two"]
+
+
+def test_a_line_that_was_cut_off_does_not_take_the_next_one_with_it(out):
+    with open(out / "results.jsonl", "a") as file:
+        file.write('{"pictures": 7, "ar')
+    write_cell(out, cell(8, "regnety_100mf", 0, 1.0, 2.0))
+    cells = read_cells(out, scaling.KEY)
+    assert cells[8, "regnety_100mf", 0]["sets"]["one"]["linear"] == 2.0 and len(cells) == 7
+
+
+def test_a_set_is_measured_again_where_it_has_changed(classes, tmp_path):
+    def digest():
+        return scaling.digest_of(open_splits(classes))
+
+    first, picture = digest(), next(classes.rglob("*.png"))
+    assert digest() == first
+    moved = tmp_path / "moved"
+    shutil.copytree(classes, moved)
+    assert scaling.digest_of(open_splits(moved)) == first
+    picture.write_bytes(picture.read_bytes() + b"more")
+    assert digest() != first
 
 
 def test_what_cannot_be_measured_gets_one_sentence(tmp_path, classes, refused):
@@ -151,7 +186,8 @@ def test_plot(tmp_path, monkeypatch):
     plot(tmp_path / "scaling.png", "two sets", {"linear": lines, "kNN": lines})
     assert Image.open(tmp_path / "scaling.png").size == (1080, 480)
     first = drawn[0].axes[0]
-    assert [text.get_text() for text in first.get_legend().get_texts()] == [*lines]
+    assert [text.get_text() for text in first.get_legend().get_texts()] == [
+        "regnety_100mf, n = 1 to 2", "regnety_200mf, n = 1"]
     assert [text.get_text() for text in first.get_xticklabels()] == ["1,000", "4,000"]
     assert first.get_xscale() == "log"
     assert first.get_lines()[0].get_xydata().tolist() == [[1000, 51], [4000, 60]]
