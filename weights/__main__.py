@@ -78,7 +78,7 @@ def write(tensors: dict[str, Tensor], layout: str, out: Path) -> None:
 def release(loaded: Loaded, out: Path) -> None:
     """Write a file that evaluate.py reads as it reads the run's own. Raises ValueError where the
     settings are not known."""
-    from weights.preprocessing import config_of         # needs multicrop.py
+    from weights.preprocessing import config_of  # needs multicrop.py
 
     config = {name: value for name, value in config_of(loaded).items() if name not in PATHS}
     if not config:
