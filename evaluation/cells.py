@@ -160,6 +160,8 @@ def caption(settings: dict, cells: dict[tuple[str, int], dict]) -> str:
                   "share of the labels.")
         if settings.get("epochs"):
             about += f" Fine-tuned for {settings['epochs']:g} epochs."
+        if settings.get("lr"):
+            about += f" Its learning rate is {settings['lr']:g} per 256 images of batch."
     if given := {method: cell["checkpoint"] for (method, _), cell in cells.items()
                  if "checkpoint" in cell}:
         about += (f" Given trunks: {', '.join(f'{name}, {path}' for name, path in given.items())}; "

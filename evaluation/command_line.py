@@ -30,7 +30,8 @@ PROTOCOLS_OF = {
     "shots": "lowshot", "draws": "lowshot", "sgd": "linear", "classes": "classify",
     "labels": "finetune detect",
     "recipe": "linear finetune classify", "area": "linear finetune",
-    "epochs": f"{_TRAINING} compare", "batch_size": _TRAINING, "lr": _TRAINING, "shard": "finetune",
+    "epochs": f"{_TRAINING} compare", "batch_size": _TRAINING,
+    "lr": f"{_TRAINING} compare", "shard": "finetune",
     "crop_ratio": _CUT, "bicubic": _CUT,
     "out": "linear finetune detect features clusters duplicates",
     "sheet": _LOOKING, "force": _LOOKING, "rows": _LOOKING,
@@ -126,7 +127,7 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
                        help="of compare those of its --finetune; none: by the recipe")
     group.add_argument("--batch-size", type=number_in(int, 2, 8192))
     group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch; "
-                       "detect: per 16")
+                       "detect: per 16; of compare that of its --finetune")
     group.add_argument("--area", type=share, help="least share of an image's area in a crop")
     group.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS), help="bf16: "
                        "of features too, with half the memory; else these are fp32")

@@ -224,7 +224,8 @@ def run(options: argparse.Namespace, recipe) -> bool:
     settings = {"data": os.path.abspath(options.data) if options.data else "the demo images",
                 "arch": recipe.arch, "size": options.size or recipe.crops[0].size,
                 "crop_ratio": options.crop_ratio, "bicubic": options.bicubic,
-                "precision": options.precision, "epochs": options.epochs, **length}
+                "precision": options.precision, "epochs": options.epochs, "lr": options.lr,
+                **length}
     keep_settings(out / "compare.json", settings)
     with contextlib.closing(lock(out)):
         until_interrupted(lambda: fill(options, recipe, out, settings), options.jobs)

@@ -86,7 +86,8 @@ def test_caption_says_what_was_held_equal_and_what_failed(out):
     assert "trained for about 1.5 minutes" in caption(SETTINGS | {"minutes": 1.5}, cells)
     assert "Given trunks" not in text and "from scratch" not in text
     tuned = {("mine", 0): cell("mine", 0, 1.0, 2.0, finetuned_1=3.0, checkpoint="/runs/mine")}
-    text = caption(SETTINGS | {"epochs": 9}, cells | tuned)
+    text = caption(SETTINGS | {"epochs": 9, "lr": 0.4}, cells | tuned)
+    assert "learning rate is 0.4 per 256" in text
     assert "trunks: mine, /runs/mine" in text and "from scratch" in text and "for 9 epochs" in text
 
 
