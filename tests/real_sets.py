@@ -11,8 +11,8 @@ drawings: Openclipart; the class is its folder (animals, food, people, ...), at 
 emoji: Noto Color Emoji, without skin tones; the class is Unicode's group (flags, food, ...).
 icons: the icons of Oxygen and MATE at 48 to 256 pixels, each name at its largest; the class is
     the freedesktop context (actions, devices, places, ...).
-stamps: Tux Paint's pictures of things, most of them photographs, cut out; the class is their folder
-    (animals, food, plants, vehicles, ...); without the folders symbols and cartoon.
+stamps: Tux Paint's pictures of things that are photographs, cut out; the class is their folder
+    (animals, food, plants, vehicles, ...). Folders of drawings are left out.
 satellite: tiles of 40 pixels (2.7 degrees) of NASA's photograph of the land, Blue Marble; the class
     is the Koeppen-Geiger climate of 70 % or more of the tile, by the first two letters of its zone
     in a table of climatologists (Rubel et al. 2016). Every fourth block of 16 degrees is held out.
@@ -23,9 +23,10 @@ reported:
 backgrounds: tiles as the photographs', of the wallpapers of GNOME and UKUI.
 faenza: the icons of Faenza at 96 pixels, by context.
 
-Of all but the tiles every fourth is held out. Transparent parts become white. Before a class is
-sampled, pictures of one colour are left out, equal ones but the first, and all of those that are
-in more than one class. sources.txt names the files of which a set holds a picture.
+Of all but the tiles every fourth is held out, of the few stamps every second. Transparent parts
+become white. Before a class is sampled, pictures of one colour are left out, equal ones but the
+first, and all of those that are in more than one class. sources.txt names the files of which a set
+holds a picture.
 """
 import hashlib
 import io
@@ -60,6 +61,7 @@ ONE_COLOUR = 8                                          # of 255: the range of e
 DRAWN = ("analogpattern_by_Peter_Nerlich", "umang_by_Abhishek_Mudgal", "Fossa_by_Jasper_Roks",
          "Infinite-Sea_by_Aury88", "Painting-Colors_by__herobr", "Autumn",  # and nearly flat:
          "DarkestHour", "summer_1am")
+OF_DRAWINGS = ("cartoon", "symbols", "clothes", "seasonal", "town")     # folders of stamps
 
 
 def fetch(work: Path, packages: Iterable[str], wheels: Iterable[str] = ()) -> None:
@@ -235,7 +237,8 @@ def faenza(work: Path, out: Path) -> None:
 def stamps(work: Path, out: Path) -> None:
     found = below(work.glob("tuxpaint-*/**/stamps/*/**/*.png"), "stamps")
     write(small((name, path) for name, path in found
-                if name != "symbols" and "cartoon" not in path.parts), out, OF_STAMPS)
+                if not {*OF_DRAWINGS} & {*path.parts}), out, OF_STAMPS,
+          held_out=lambda i, place: i % 2 == 1)
 
 
 def satellite(work: Path, out: Path) -> None:

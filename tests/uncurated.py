@@ -50,7 +50,7 @@ PACKAGES = {
     "sprites": ("wesnoth-1.16-data", "unknown-horizons", "freeorion-data", "lincity-ng-data"),
     "textures": ("ufoai-textures", "warzone2100-data", "openarena-081-textures",
                  "colobot-common-textures"),
-    "education": ("marble-data", "kgeography-data", "kstars-data", "tuxpaint-data", "scratch"),
+    "education": ("kgeography-data", "kstars-data", "tuxpaint-data", "scratch"),
     "photographs": ("opencv-doc", "visp-images-data", "libjxl-testdata", "palapeli-data",
                     "jigzo-data"),
     "glyphs": ("fonts-freefont-ttf",),
@@ -59,7 +59,7 @@ OTHERS = (".tga", ".pcx", ".xpm", ".ico", ".dds")        # read, and written as 
 ZIPS = (".zip", ".pk3", ".wz", ".jar")
 FONTS = (".ttf", ".otf")
 KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
-APART = re.compile(r"basemap|bluemarble|/earth[^/]*$|doc/.*/marble/")   # Blue Marble: `satellite`
+APART = re.compile(r"basemap|bluemarble|/(map_)?earth[^/]*$")   # Blue Marble: the set `satellite`
 LEAST, LONG, VIEW, LARGE, GRID = 16, 512, 256, 1024, 3  # pixels; views a side
 FILES, GLYPHS, GLYPH = 6000, 120, 64                    # a package, a font; pixels
 MAX_PIXELS, MAX_BYTES = 60e6, 50e6
@@ -228,7 +228,7 @@ def gather(package: Path, out: Path, seen: set[str], sets, threads: int,
     names, digests, images = sets
     own = {Path(name).name for name in names if name.startswith(f"{package.name}/")}
     found = even([(name, inside) for name, inside in members(package, fonts)
-                  if not APART.search(name) and Path(name).name not in own
+                  if not APART.search(f"{name}/{inside}".rstrip("/")) and Path(name).name not in own
                   and f"{package.name}/{name}" not in names], FILES)
 
     def one(place):                     # what it gives: wholes with their views, or glyphs
