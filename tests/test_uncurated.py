@@ -113,11 +113,12 @@ def test_the_same_bytes_again(package, sets, tmp_path):
     assert written[0] == written[1]
 
 
-def test_alike_is_by_root_mean_square():
-    others = numpy.zeros((1, 192), numpy.float32)
-    rows = numpy.stack([numpy.full(192, uncurated.ALIKE + apart, numpy.float32)
-                        for apart in (-0.1, 0.1)])
-    assert uncurated.alike(rows, others).tolist() == [True, False]
+def test_alike_is_by_root_mean_square_and_contrast():
+    flat, steps = numpy.zeros((1, 192), numpy.float32), numpy.zeros((1, 64, 3), numpy.float32)
+    steps[:, ::2] = 200                                 # its contrast is 100
+    for other, limit in ((flat, 4), (steps.reshape(1, 192), 35)):
+        rows = numpy.concatenate([other + limit + apart for apart in (-0.1, 0.1)])
+        assert uncurated.alike(rows, other).tolist() == [True, False]
 
 
 def test_fonts_are_read_as_glyphs_alone(tmp_path):

@@ -16,7 +16,7 @@ it is opaque, else PNG. An image of 1,024 x 1,024 pixels or more gives nine view
 package at most 6,000 files are read, at even steps.
 
 Out is each file that an evaluation set holds, by its path and by its bytes, and in a package that a
-set is from by its name too; each file of which a picture looks like one that a set holds, or, for
+set is from, and one akin to it, by its name too; each file of which a picture looks like one that a set holds, or, for
 sets of tiles, like a file that they were cut from or one of its 3 x 3 views (`signature`, `alike`);
 and, as wholes, the packages of the sets' icons and emoji, and of those that these come from.
 """
@@ -50,20 +50,23 @@ PACKAGES = {
     "sprites": ("wesnoth-1.16-data", "unknown-horizons", "freeorion-data", "lincity-ng-data"),
     "textures": ("ufoai-textures", "warzone2100-data", "openarena-081-textures",
                  "colobot-common-textures"),
-    "education": ("kgeography-data", "kstars-data", "tuxpaint-data", "scratch"),
-    "photographs": ("opencv-doc", "visp-images-data", "libjxl-testdata", "palapeli-data",
-                    "jigzo-data"),
+    "education": ("kgeography-data", "stellarium-data", "kstars-data", "tuxpaint-data",
+                  "scratch"),
+    "examples": ("opencv-doc", "libjxl-testdata", "palapeli-data"),
     "glyphs": ("fonts-freefont-ttf",),
 }
 OTHERS = (".tga", ".pcx", ".xpm", ".ico", ".dds")        # read, and written as PNG
 ZIPS = (".zip", ".pk3", ".wz", ".jar")
 FONTS = (".ttf", ".otf")
 KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
-APART = re.compile(r"basemap|bluemarble|/(map_)?earth[^/]*$")   # Blue Marble: the set `satellite`
+APART = re.compile(r"basemap|bluemarble|earth[^/]*$|stellarium.*/world.png$"    # Blue Marble
+                   r"|kgeography/flags/"                # Openclipart's and the emoji's are the same
+                   r"|opencv4/html/.*/(class|struct)[^/]*$")    # 1,300 diagrams of classes
+AKIN = {"moka-icon-theme": "faenza-icon-theme"}         # many of its icons are Faenza's, redrawn
 LEAST, LONG, VIEW, LARGE, GRID = 16, 512, 256, 1024, 3  # pixels; views a side
 FILES, GLYPHS, GLYPH = 6000, 120, 64                    # a package, a font; pixels
 MAX_PIXELS, MAX_BYTES = 60e6, 50e6
-MARGIN, ALIKE = 16, 6                                   # of 255: below white; root mean square
+MARGIN, ALIKE, SHARE = 16, 4, 0.35                      # of 255, below white; `alike`
 
 
 def members(package: Path, fonts: bool = False) -> list[tuple[str, str]]:
@@ -208,13 +211,16 @@ def held(sets: Path) -> tuple[set[str], set[str], numpy.ndarray]:
 
 
 def alike(signatures: numpy.ndarray, others: numpy.ndarray) -> numpy.ndarray:
-    """Which of the signatures (N, 192) has one of the others (M, 192) nearby: bool (N,)."""
+    """Which of the signatures (N, 192) has one of the others (M, 192) nearby, by the root mean
+    square difference: below 4, or 0.35 of its own contrast (the deviation of its 8 x 8 values, mean
+    over the channels) -> bool (N,)."""
     found = numpy.zeros(len(signatures), bool)
     squares = (others ** 2).sum(1)
     for i in range(0, len(signatures), 1024):
         part = signatures[i:i + 1024]
         apart = (part ** 2).sum(1)[:, None] + squares - 2 * part @ others.T
-        found[i:i + 1024] = apart.min(1) < ALIKE ** 2 * part.shape[1]
+        contrast = part.reshape(len(part), -1, 3).std(1).mean(1)
+        found[i:i + 1024] = apart.min(1) < numpy.maximum(ALIKE, SHARE * contrast) ** 2 * 192
     return found
 
 
@@ -226,7 +232,8 @@ def gather(package: Path, out: Path, seen: set[str], sets, threads: int,
     fonts: its fonts' glyphs in place of its images.
     """
     names, digests, images = sets
-    own = {Path(name).name for name in names if name.startswith(f"{package.name}/")}
+    akin = f"{AKIN.get(package.name, package.name)}/"
+    own = {Path(name).name for name in names if name.startswith(akin)}
     found = even([(name, inside) for name, inside in members(package, fonts)
                   if not APART.search(f"{name}/{inside}".rstrip("/")) and Path(name).name not in own
                   and f"{package.name}/{name}" not in names], FILES)
