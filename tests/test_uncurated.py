@@ -94,6 +94,15 @@ def test_what_is_in_and_what_is_out(package, sets, tmp_path):
     assert Image.open(written["k.pk3/textures/wall.tga"]).format == "PNG"
 
 
+def test_names_of_a_set_that_the_package_is_akin_to_are_out(sets, tmp_path, monkeypatch):
+    folder = tmp_path / "packages" / "ours"
+    folder.mkdir(parents=True)
+    noise(40, 40, 13).save(folder / "by_bytes.png")     # the name in the set's package `theirs`
+    assert len(gathered(folder, tmp_path / "one", sets)) == 1
+    monkeypatch.setitem(uncurated.AKIN, "ours", "theirs")
+    assert len(gathered(folder, tmp_path / "two", sets)) == 0
+
+
 def test_views_are_the_grid(package):
     large = Image.open(package / "e_large.jpg")
     _, first, *_, last = [Image.open(io.BytesIO(data)) for data, *_ in uncurated.pictures(

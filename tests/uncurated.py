@@ -16,9 +16,10 @@ it is opaque, else PNG. An image of 1,024 x 1,024 pixels or more gives nine view
 package at most 6,000 files are read, at even steps.
 
 Out is each file that an evaluation set holds, by its path and by its bytes, and in a package that a
-set is from, and one akin to it, by its name too; each file of which a picture looks like one that a set holds, or, for
-sets of tiles, like a file that they were cut from or one of its 3 x 3 views (`signature`, `alike`);
-and, as wholes, the packages of the sets' icons and emoji, and of those that these come from.
+set is from, and one akin to it, by its name too; each file of which a picture looks like one that a
+set holds, or, for sets of tiles, like a file that they were cut from or one of its 3 x 3 views
+(`signature`, `alike`); and, as wholes, the packages of the sets' icons and emoji, and of those that
+these come from.
 """
 import functools
 import hashlib
