@@ -64,8 +64,9 @@ from training.plan import fit_ranks, plan_of
 from training.resume import open_folder, remembered
 from training.rollback import Rollback
 from training.run import Run, build_network, open_loader, parameter_groups
-from training.run_folder import lock, write_config
+from training.run_folder import write_config
 from training.signals import INTERRUPTED, Interrupted, Signals, StepDropped, Stop
+from weights.atomic import lock
 from weights.terminal import outlive_terminal, reason
 
 

@@ -6,7 +6,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from tests import uncurated
+from tests import real_sets, uncurated
 
 
 def noise(width, height, seed, mode="RGB"):
@@ -15,19 +15,30 @@ def noise(width, height, seed, mode="RGB"):
     return Image.fromarray(values, mode).resize((width, height), Image.Resampling.NEAREST)
 
 
+def as_held(image, path):
+    """As the sets write it: 160 pixels, on white."""
+    path.parent.mkdir(parents=True)
+    list(real_sets.small([("cat", image)]))[0][3].save(path)
+
+
 @pytest.fixture
-def sets(tmp_path):
-    """One evaluation set, of three files: of one the path is also in the pretraining package, of
-    one the bytes are, and of one the image at another size is."""
+def sets(tmp_path, monkeypatch):
+    """Two evaluation sets. Of one's files the path is also in the pretraining package, or the
+    bytes are, or the image at another size is; the other is of tiles."""
+    monkeypatch.setattr(uncurated, "SETS", (real_sets.drawings, real_sets.photographs))
     root = tmp_path / "sets"
-    for name, seed in (("ours/by_path.png", 8), ("theirs/by_bytes.png", 9)):
+    for name, size, seed in (("ours/by_path.png", (64, 64), 8),
+                             ("theirs/by_bytes.png", (64, 64), 9),
+                             ("theirs/tiles.png", (1200, 1100), 10)):
         path = root / "packages" / name
-        path.parent.mkdir(parents=True)
-        noise(64, 64, seed).save(path)
-    image = root / "things" / "val" / "cat" / "0.png"
-    image.parent.mkdir(parents=True)
-    noise(64, 64, 0).save(image)
-    (root / "things" / "sources.txt").write_text("ours/by_path.png\ntheirs/by_bytes.png\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(*size, seed).save(path)
+    noise(438, 438, 0, "RGBA").save(tmp_path / "large.png")
+    as_held(tmp_path / "large.png", root / "drawings" / "val" / "cat" / "0.png")
+    for name, sources in (("drawings", "ours/by_path.png\ntheirs/by_bytes.png\n"),
+                          ("photographs", "theirs/tiles.png\n")):
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "sources.txt").write_text(sources)
     return root
 
 
@@ -46,7 +57,17 @@ def package(tmp_path, sets):
     noise(40, 40, 1).save(folder / "by_path.png")
     (folder / "i_held.png").write_bytes(
         (sets / "packages" / "theirs" / "by_bytes.png").read_bytes())
-    noise(32, 32, 0).save(folder / "j_held_smaller.png")
+    noise(32, 32, 0, "RGBA").save(folder / "j_held_smaller.png")
+    noise(438, 438, 0, "RGBA").save(folder / "j_held_larger.png")
+    margin = Image.new("RGBA", (400, 300))
+    margin.paste(noise(200, 200, 0, "RGBA"), (150, 20))
+    margin.save(folder / "j_held_with_margin.png")
+    noise(1200, 1100, 10).crop((400, 366, 800, 733)).save(folder / "j_view_of_tiles_source.png")
+    large = noise(1200, 1200, 11)                       # one of its views is held, so none is in
+    large.paste(real_sets.on_white(noise(400, 400, 0, "RGBA")), (800, 400))
+    large.save(folder / "j_view_is_held.png")
+    (folder / "deeper").mkdir()
+    noise(40, 40, 12).save(folder / "deeper" / "by_path.png")       # the name of one that is held
     file = io.BytesIO()
     noise(24, 24, 7).save(file, "TGA")
     with zipfile.ZipFile(folder / "k.pk3", "w") as archive:
@@ -73,6 +94,15 @@ def test_what_is_in_and_what_is_out(package, sets, tmp_path):
     assert Image.open(written["k.pk3/textures/wall.tga"]).format == "PNG"
 
 
+def test_names_of_a_set_that_the_package_is_akin_to_are_out(sets, tmp_path, monkeypatch):
+    folder = tmp_path / "packages" / "ours"
+    folder.mkdir(parents=True)
+    noise(40, 40, 13).save(folder / "by_bytes.png")     # the name in the set's package `theirs`
+    assert len(gathered(folder, tmp_path / "one", sets)) == 1
+    monkeypatch.setitem(uncurated.AKIN, "ours", "theirs")
+    assert len(gathered(folder, tmp_path / "two", sets)) == 0
+
+
 def test_views_are_the_grid(package):
     large = Image.open(package / "e_large.jpg")
     _, first, *_, last = [Image.open(io.BytesIO(data)) for data, *_ in uncurated.pictures(
@@ -92,10 +122,19 @@ def test_the_same_bytes_again(package, sets, tmp_path):
     assert written[0] == written[1]
 
 
-def test_alike_is_by_root_mean_square():
-    others = numpy.zeros((1, 192), numpy.float32)
-    rows = numpy.stack([numpy.full(192, 3.9, numpy.float32), numpy.full(192, 4.1, numpy.float32)])
-    assert uncurated.alike(rows, others).tolist() == [True, False]
+def test_alike_is_by_root_mean_square_and_contrast():
+    flat, steps = numpy.zeros((1, 192), numpy.float32), numpy.zeros((1, 64, 3), numpy.float32)
+    steps[:, ::2] = 200                                 # its contrast is 100
+    for other, limit in ((flat, 4), (steps.reshape(1, 192), 35)):
+        rows = numpy.concatenate([other + limit + apart for apart in (-0.1, 0.1)])
+        assert uncurated.alike(rows, other).tolist() == [True, False]
+
+
+def test_fonts_are_read_as_glyphs_alone(tmp_path):
+    (tmp_path / "a.ttf").touch()
+    (tmp_path / "a.png").touch()
+    assert uncurated.members(tmp_path) == [("a.png", "")]
+    assert uncurated.members(tmp_path, fonts=True) == [("a.ttf", "")]
 
 
 def test_licences_are_the_lines_of_the_copyright_file(tmp_path):
@@ -105,6 +144,16 @@ def test_licences_are_the_lines_of_the_copyright_file(tmp_path):
     assert uncurated.licences(tmp_path)[1] == ["CC-BY-SA-3.0", "GPL-2+"]
 
 
-def test_without_evaluation_sets_there_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no sets in"):
-        uncurated.held(tmp_path)
+def test_sets_that_are_not_whole_are_an_error(sets):
+    (sets / "packages" / "theirs" / "by_bytes.png").unlink()
+    with pytest.raises(ValueError, match="by_bytes.png: python tests/real_sets.py"):
+        uncurated.held(sets)
+    (sets / "drawings" / "sources.txt").unlink()
+    with pytest.raises(ValueError, match="no whole set"):
+        uncurated.held(sets)
+
+
+def test_a_folder_with_shards_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "000000.tar").touch()
+    with pytest.raises(ValueError, match="shards already"):
+        uncurated.main(tmp_path, tmp_path)

@@ -31,8 +31,8 @@ def load_weights(model: nn.Module, source, trust: bool = False, quiet: bool = Fa
 
     source, trust, quiet: as in `files.read`; or source is what that returned. The trunk is loaded
     always, any other part where both the file and the model have it; but a head of other layers is
-    left out, and what rests on it, a queue of another length, and the memory of another run's
-    images. A momentum encoder that the file does not have is a copy of what it has. Values are
+    left out, and what rests on it, prototypes of another number, a queue of another length, and
+    the memory of another run's images. A momentum encoder that the file does not have is a copy of what it has. Values are
     copied into the model's tensors. A model on the meta device gets the file's own tensors instead:
     a mapped file is then all the memory it takes, and two such models share it. num_batches_tracked
     may be missing. Raises ValueError, and leaves the model as it was, where anything else does not
@@ -76,6 +76,8 @@ def _left_out(old: dict[str, Tensor], new: dict[str, Tensor]) -> set[str]:
               and not name.endswith("num_batches_tracked")} for tensors in (old, new)]
     left = {"memory"} | {part for part in ("queue", "center") if part in old and part in new
                          and old[part].shape != new[part].shape}
+    left |= {"prototypes" for name in old.keys() & new.keys() if part_of(name) == "prototypes"
+             and len(old[name]) != len(new[name])}
     rest = {"head", "momentum head", "prototypes", "predictor", "queue", "center"}
     return left if heads[0] == heads[1] else left | rest
 

@@ -71,12 +71,18 @@ def test_a_handful_of_pictures_is_refused(count):
         small(survey_of(count), {})
 
 
-@pytest.mark.parametrize("side, crops, gray, reason", [
-    (47, "2x64@0.4-1+4x32@0.15-0.4", 0.6, "gray already"),
-    (48, "2x64@0.25-1+4x32@0.08-0.25", 0.5, "colour tells images apart")])
-def test_size_and_colour_of_the_pictures_count(side, crops, gray, reason):
-    rule = small(survey_of(100, gray, side), {})
+@pytest.mark.parametrize("count, side, crops, gray, reason", [
+    (99_999, 47, "2x64@0.4-1+4x32@0.15-0.4", 0.6, "gray already"),
+    (9_999, 48, "2x64@0.25-1+4x32@0.08-0.25", 0.5, "colour tells images apart"),
+    (10_000, 48, "2x64+4x32", 0.5, "colour tells images apart")])
+def test_number_size_and_colour_of_the_pictures_count(count, side, crops, gray, reason):
+    rule = small(survey_of(count, gray, side), {})
     assert rule["crops"][0] == crops and reason in rule["gray"][1]
+
+
+def test_prototypes_grow_with_the_set_and_no_further():
+    assert [small(survey_of(count), {})["prototypes"][0] for count in (
+        200, 1_000, 16_383, 16_384, 99_999)] == [32, 128, 128, 256, 256]
 
 
 # ----------------------------------------------------------------------------------- the remedies

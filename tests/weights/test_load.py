@@ -105,9 +105,21 @@ def test_the_arch_that_would_fit_is_named():
     assert describe(seer) == "regnety_256gf"
 
 
-def test_head_and_prototypes_of_other_widths_are_named(put, tiny):
+def test_prototypes_of_another_number_stay_as_they_began(put, tiny):
     model = SwAV(tiny(), (48, 48, 32), prototypes=10)
-    with pytest.raises(ValueError, match=r"shape: prototypes.weight \(24, 32\) for \(10, 32\)"):
+    before = model.prototypes.weight.clone()
+    loaded = load_weights(model, put(TINY["regnet_y"]["vissl"]))
+    assert loaded.untouched == loaded.unused == ("prototypes",)
+    assert "head" in loaded.loaded and torch.equal(model.prototypes.weight, before)
+    with torch.device("meta"):
+        model = SwAV(tiny(), (48, 48, 32), prototypes=10)
+    with pytest.raises(ValueError, match="missing: the whole of prototypes"):
+        load_weights(model, put(TINY["regnet_y"]["vissl"]))
+
+
+def test_a_head_of_other_widths_is_named(put, tiny):
+    model = SwAV(tiny(), (48, 40, 32), prototypes=24)
+    with pytest.raises(ValueError, match=r"shape: head\.\d\.\w+ .*\(48, 48\) for \(40, 48\)"):
         load_weights(model, put(TINY["regnet_y"]["vissl"]))
 
 
