@@ -157,6 +157,7 @@ def scores(figure, cosines: Tensor, total: int) -> None:
     members = torch.bincount(cosines.argmax(1), minlength=count)
     above.bar(range(count), members.tolist(), color="C1")
     above.set(ylabel="images", title="Of how many images is it the nearest prototype?")
+    above.locator_params("y", integer=True)
     drawn = below.imshow(cosines.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
     named = f"prototypes, K = {total:,}" + f", the first {count}" * (count < total)
     below.set(xlabel=named, ylabel=f"images, B = {len(cosines)}", xticks=[],

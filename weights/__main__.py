@@ -75,6 +75,12 @@ def write(tensors: dict[str, Tensor], layout: str, out: Path) -> None:
     save_safetensors(out, state)
 
 
+def whole_run(source: str) -> str | Path:
+    """Of a run's folder its checkpoint, for trunk.pt has the trunk alone."""
+    names = Path(source, "checkpoint.pt"), Path(source, "checkpoint")       # a folder, if sharded
+    return next(filter(Path.exists, names), source)
+
+
 def release(loaded: Loaded, out: Path) -> None:
     """Write a file that evaluate.py reads as it reads the run's own. Raises ValueError where the
     settings are not known."""
@@ -142,7 +148,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--to {args.to[0]}: there is {', '.join((*FORMATS, *TARGETS))}")
         if args.licence and (args.to or [""])[0] != "card":
             raise ValueError("--licence is of --to card")
-        loaded = read(args.source)
+        released = args.to and args.to[0] == "release"
+        loaded = read(whole_run(args.source) if released else args.source)
         print(summary(loaded))
         if args.to:
             convert(loaded, args.to[0], Path(args.to[1]), args.force, args.licence)

@@ -32,11 +32,11 @@ def load_weights(model: nn.Module, source, trust: bool = False, quiet: bool = Fa
     source, trust, quiet: as in `files.read`; or source is what that returned. The trunk is loaded
     always, any other part where both the file and the model have it; but a head of other layers is
     left out, and what rests on it, prototypes of another number, a queue of another length, and
-    the memory of another run's images. A momentum encoder that the file does not have is a copy of what it has. Values are
-    copied into the model's tensors. A model on the meta device gets the file's own tensors instead:
-    a mapped file is then all the memory it takes, and two such models share it. num_batches_tracked
-    may be missing. Raises ValueError, and leaves the model as it was, where anything else does not
-    fit.
+    the memory of another run's images. A momentum encoder that the file does not have is a copy of
+    what it has. Values are copied into the model's tensors. A model on the meta device gets the
+    file's own tensors instead: a mapped file is then all the memory it takes, and two such models
+    share it. num_batches_tracked may be missing. Raises ValueError, and leaves the model as it was,
+    where anything else does not fit.
     """
     state = model.state_dict(keep_vars=True)
     keys = {name: key for key, name in own_names(state).items()}                    # by name here

@@ -198,6 +198,10 @@ def test_the_clusters_in_a_browser(page):
     page.fill("#words", "<SCRIPT")
     page.wait_for_selector("#images:not([hidden])")
     assert page.text_content("#found") == "1 image with “<SCRIPT” in the name"
+    page.evaluate("one('#images small bdi').textContent = 'a long name '.repeat(9) + '1.png'")
+    text, place = (page.locator(f"#images small{of}").bounding_box() for of in (" bdi", ""))
+    assert text["x"] < place["x"]                                       # cut in front
+    assert text["x"] + text["width"] <= place["x"] + place["width"] + 1
     page.locator("#images .tiles a").click()                            # none on disk: its sprite
     page.wait_for_selector("#picture .thumb")
     assert page.get_attribute("#picture .thumb", "aria-label") == HOSTILE[1]

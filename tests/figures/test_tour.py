@@ -4,6 +4,7 @@ import html
 import json
 import re
 import sys
+import time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -165,6 +166,20 @@ def test_counts_are_pytorchs():
     assert rank_correlation([1, 5, 9], [7, 3, -5]) == pytest.approx(-1)
 
 
+def test_time_that_others_take_is_not_the_networks(monkeypatch):
+    class Waits(torch.nn.Module):
+        def __init__(self, params):
+            super().__init__()
+            self.last = torch.nn.Linear(32, 1)
+
+        def forward(self, image):
+            time.sleep(0.05)
+            return self.last(image)
+
+    monkeypatch.setattr("figures.tour_network.RegNet", Waits)
+    assert 0 < clock(None, 32)[1] < 0.03
+
+
 def test_nearest_are_those_of_the_fullest_prototypes():
     end = torch.tensor([[.9, .1, .2], [.8, .1, .4], [.1, .2, .7], [.6, .1, .3]])
     chosen, (first, last) = nearest([-end, end], rows=2, count=2)
@@ -210,6 +225,7 @@ def test_what_is_said_of_a_run_with_one_checkpoint_is_true_of_it(loaded):
     figure.clear()
     draw.scores(figure, torch.rand(3, 6), 30)
     assert figure.axes[1].get_xlabel() == "prototypes, K = 30, the first 6"
+    assert all(tick == int(tick) for tick in figure.axes[0].get_yticks())
 
 
 def test_broken_images_are_skipped_and_few_images_are_enough(run):

@@ -47,7 +47,8 @@ def test_a_release_has_the_weights_and_the_settings_and_no_path(tmp_path, capsys
     save(tmp_path / "checkpoint.pt", {"version": 4, "step": 3, "config": config.as_dict(),
                                       "model": model.state_dict(), "optimizer": {"state": {}}})
     out = tmp_path / "release.pt"
-    main([str(tmp_path / "checkpoint.pt"), "--to", "release", str(out)])
+    save(tmp_path / "trunk.pt", model.trunk.state_dict())
+    main([str(tmp_path), "--to", "release", str(out)])              # of the folder: all of it
     assert "prototypes: 8" in capsys.readouterr().out
     content, loaded = load(out), read(out)
     assert content.keys() == {"version", "config", "model"}
