@@ -5,8 +5,12 @@ import pytest
 import torch
 import torchvision
 
-from evaluation.task import load_trunk
+import evaluate
+from evaluation.features import Depths
+from evaluation.knn import knn_top1
+from evaluation.task import load_trunk, open_task
 from methods.build import RESNETS
+from multicrop import IMAGENET_MEAN
 from regnet import ARCHS, RegNet
 from swav import SwAV
 from weights import official
@@ -14,6 +18,7 @@ from weights.files import read
 from weights.load import describe, load_weights
 from weights.names import from_ours
 from weights.official import LICENCES, OFFICIAL, official_names
+from weights.preprocessing import config_of, preprocessing_of
 
 
 @pytest.fixture
@@ -112,3 +117,29 @@ def test_an_official_file_is_known_by_its_name():
         "barlow_twins_resnet50_1000ep.torch", "dino_resnet50_pretrain.pth",
         "simclr_resnet50_200ep.torch"}
     assert official_names(Path("seer_ft_regnety_32gf", "model.torch")) == []
+
+
+def test_the_trunk_that_is_shipped_loads_by_its_name(monkeypatch, capsys):
+    def none(*_):
+        raise AssertionError("a download")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", none)
+    monkeypatch.setattr(official, "_licences_printed", set())
+    model = SwAV(RegNet(ARCHS["regnety_100mf"]), (256, 64), prototypes=128, head_bn=True)
+    loaded = load_weights(model, "miniature_regnety_100mf")
+    assert loaded.loaded == ("head", "trunk") and loaded.untouched == ("prototypes",)
+    assert "MIT" in capsys.readouterr().err and loaded.path.stat().st_size < 4e6
+    known = preprocessing_of(config_of(loaded), loaded.path)
+    assert known["size"] == 64 and known["mean"] != IMAGENET_MEAN
+    assert official_names(loaded.path) == ["miniature_regnety_100mf"]
+
+
+def test_the_trunk_that_is_shipped_tells_the_demos_shapes_apart_better_than_an_untrained_one():
+    top1 = {}
+    for source in ("random", "miniature_regnety_100mf"):
+        task = open_task(evaluate.parse(["knn", source, "--size=64", "--workers=0"]
+                               + ["--arch=regnety_100mf"] * (source == "random")))
+        train, val = (task.extract(Depths(task.trunk, ["avgpool"]), part.subset(range(n)))
+                      for part, n in zip(task.splits(), (240, 120)))
+        top1[source] = knn_top1(*train.outputs, train.labelled.labels, *val.outputs,
+                                val.labelled.labels)
+    assert top1["miniature_regnety_100mf"] > top1["random"] + 10
