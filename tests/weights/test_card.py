@@ -84,7 +84,7 @@ def test_a_card_needs_a_run_and_keeps_to_its_files(run, tmp_path, capsys):
     assert "is not of a run of train.py" in capsys.readouterr().err
     assert (tmp_path / "loss.png").read_text() == "mine" and not (tmp_path / "card.md").exists()
     for words, sentence in (
-            (["--to", "keras", "x"], "there is hf, onnx, card, torchvision"),
+            (["--to", "keras", "x"], "there is release, hf, onnx, card, torchvision"),
             (["--licence", "MIT"], "--licence is of --to card"),
             (["--to", "timm", "x", "--licence", "MIT"], "--licence is of --to card")):
         with pytest.raises(SystemExit):
