@@ -113,6 +113,7 @@ def test_views_are_the_grid(package):
         assert abs(numpy.asarray(view.resize((30, 30)), float) - expected).mean() < 8
 
 
+@pytest.mark.long
 def test_the_same_bytes_again(package, sets, tmp_path):
     written = []
     for run in ("one", "two"):

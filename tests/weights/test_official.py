@@ -139,7 +139,7 @@ def test_the_trunk_that_is_shipped_tells_the_demos_shapes_apart_better_than_an_u
         task = open_task(evaluate.parse(["knn", source, "--size=64", "--workers=0"]
                                + ["--arch=regnety_100mf"] * (source == "random")))
         train, val = (task.extract(Depths(task.trunk, ["avgpool"]), part.subset(range(n)))
-                      for part, n in zip(task.splits(), (240, 120)))
+                      for part, n in zip(task.splits(), (120, 60)))
         top1[source] = knn_top1(*train.outputs, train.labelled.labels, *val.outputs,
                                 val.labelled.labels)
     assert top1["miniature_regnety_100mf"] > top1["random"] + 10
