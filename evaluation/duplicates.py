@@ -126,7 +126,7 @@ def from_first(x: Tensor, size: Callable[[int], int],
 
 def kept_of(x: Tensor, threshold: float) -> list[bool]:
     """A group's images in order (n, C) -> whether each is kept: no image kept before is near it."""
-    x, kept = x.cpu(), []               # a question an image, to which a device would be waited for
+    x, kept = x.cpu(), []               # on a GPU each image would wait for the one before
     near = torch.zeros(len(x), dtype=torch.bool)
     for i, image in enumerate(x):
         kept.append(not near[i])

@@ -121,8 +121,8 @@ def fill(options: argparse.Namespace, images, recipe, rule: dict, out: Path,
             write_cell(out, dict(zip(KEY, key)) | cell)
             write_table(out, digests, settings)
             numbers = cell.get("failed") or ", ".join(
-                f"{name} {' '.join(f'{measure} {numbers[measure]}' for measure in MEASURES)}"
-                for name, numbers in cell["sets"].items() if name in digests)
+                f"{name} {' '.join(f'{column} {found[column]}' for column in MEASURES)}"
+                for name, found in cell["sets"].items() if name in digests)
             print(f"{name_of(key)}: {numbers}", file=sys.stderr, flush=True)
 
 

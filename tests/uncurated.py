@@ -5,7 +5,7 @@
     python train.py --data 'uncurated/*.tar'
 
 uncurated/*.tar: the shards. sources.tsv: the package and path of each picture. licences.txt: each
-package, its version, the licences that its copyright file names, and its number of pictures;
+package, its number of pictures, and the licences that its copyright file names;
 licences/PACKAGE.txt are those files.
 
 In are the images of the packages, loose or in zip files (.pk3, .wz), with their transparency, from

@@ -25,6 +25,7 @@ from weights.names import TARGETS, from_ours, part_of, to_ours
 from weights.official import LICENCES, OFFICIAL, gigabytes, official_names
 from weights.terminal import Text, one_sentence
 
+OF_IMAGES = ("memory", "queue")                         # parts: features of a run's images
 PATHS = ("data", "out", "init", "cache", "probe")       # of a run; not handed out
 FORMATS = {"release": "the weights of a run with its settings, without optimizer and paths",
            "hf": "a folder that transformers opens as a RegNetModel",
@@ -82,14 +83,16 @@ def whole_run(source: str) -> str | Path:
 
 
 def release(loaded: Loaded, out: Path) -> None:
-    """Write a file that evaluate.py reads as it reads the run's own. Raises ValueError where the
-    settings are not known."""
+    """Write a file that evaluate.py reads as it reads the run's own, without what is kept of the
+    run's images. Raises ValueError where the settings are not known."""
     from weights.preprocessing import config_of  # needs multicrop.py
 
     config = {name: value for name, value in config_of(loaded).items() if name not in PATHS}
     if not config:
         raise ValueError(f"{loaded.path} is not of a run, or its config.json is gone")
-    save(out, {"version": 1, "config": config, "model": dict(loaded.tensors)})
+    weights = {name: x for name, x in loaded.tensors.items() if part_of(name) not in OF_IMAGES}
+    save(out, {"version": 1, "config": config, "model": weights})
+    print_left_out(loaded.tensors, {*map(part_of, weights)}, "a release")
 
 
 def print_left_out(tensors: dict[str, Tensor], kept: set[str], target: str) -> None:

@@ -211,7 +211,7 @@ def _of_torchvision() -> Iterator[tuple[str, Official]]:
 def _of_this_project() -> Iterator[tuple[str, Official]]:
     yield "miniature_regnety_100mf", Official(
         "weights/miniature_regnety_100mf.pt", "regnety_100mf", "miniature",
-        "SwAV on 32,156 pictures of Debian's packages, no labels, at 64 pixels")
+        "SwAV on 36,136 pictures of Debian's packages, no labels, at 64 pixels")
 
 
 OFFICIAL = {name: entry for entries in (
@@ -230,16 +230,11 @@ def official_names(path: Path) -> list[str]:
         and (entry.licence in ("seer", "vissl") or not _COMMON.fullmatch(path.name)))]
 
 
-def is_shipped(name: str) -> bool:
-    """Whether the file is in this repository."""
-    return "://" not in OFFICIAL[name].url
-
-
 def fetch_path(name: str) -> Path:
     """Where an official file is kept: in this repository, or in torch.hub's cache, named as
     torchvision names its own, by the last part of the URL, so that both share it. Where other URLs
     may end alike (two of SEER's do) it is NAME.torch."""
-    if is_shipped(name):
+    if "://" not in OFFICIAL[name].url:
         return Path(__file__).parents[1] / OFFICIAL[name].url
     last = OFFICIAL[name].url.rpartition("/")[2]
     return Path(torch.hub.get_dir(), "checkpoints",
@@ -253,8 +248,6 @@ def fetch(name: str, quiet: bool = False) -> Path:
     if entry.licence not in _licences_printed and not quiet:
         _licences_printed.add(entry.licence)
         print(f"licence of {name}: {LICENCES[entry.licence]}", file=sys.stderr)
-    if is_shipped(name):
-        return fetch_path(name)
     digest = re.search(r"-([0-9a-f]{8})\.", entry.url.rpartition("/")[2])
     return download(entry.url, fetch_path(name), digest and digest[1], gigabytes(entry))
 

@@ -149,8 +149,48 @@ def test_a_set_is_measured_again_where_it_has_changed(classes, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(classes, moved)
     assert scaling.digest_of(open_splits(moved)) == first
-    picture.write_bytes(picture.read_bytes() + b"more")
+    data = picture.read_bytes()
+    picture.write_bytes(data + b"more")
     assert digest() != first
+    picture.write_bytes(data)
+    assert digest() == first
+    train, val = open_splits(classes)
+    assert scaling.digest_of([train._replace(targets=train.targets.flip(1)), val]) != first
+
+
+def test_a_set_that_is_not_measured_counts_as_failed(tmp_path, classes, monkeypatch, capsys):
+    write_pictures(tmp_path / "photos", 12)
+    argv = ["scaling", str(tmp_path / "out"), f"--data={tmp_path / 'photos'}", "--pictures=all",
+            f"--sets={classes}", "--archs=regnety_100mf", "--seeds=0", *QUICK]
+    digest, given = scaling.digest_of(open_splits(classes)), []
+
+    def fill(options, images, recipe, rule, out, digests, settings):
+        for key in scaling.wanted(options, len(images)):
+            write_cell(out, dict(zip(scaling.KEY, key)) | {"sets": {
+                "colours": {"knn": 1.0, "linear": 2.0, "set": given[0]}}})
+
+    monkeypatch.setattr(scaling, "fill", fill)
+    for given[:], status in ((["older"], 1), ([digest], 0)):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(argv)
+        assert stop.value.code == status
+
+
+def test_a_folder_takes_one_command_at_a_time(tmp_path, classes, monkeypatch, refused):
+    """A lock is a process's, so another one holds it."""
+    write_pictures(tmp_path / "photos", 12)
+    argv = ["scaling", tmp_path / "out", f"--data={tmp_path / 'photos'}", "--pictures=all",
+            f"--sets={classes}", *QUICK]
+    monkeypatch.setattr(scaling, "fill", lambda *_: None)
+    with pytest.raises(SystemExit):
+        evaluate.main([*map(str, argv)])                                # makes the folder
+    hold = ("import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print('held', flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "out" / ".lock"], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "held\n"
+        assert "another run is at work in" in refused(*argv)
+        process.stdin.close()
 
 
 def test_what_cannot_be_measured_gets_one_sentence(tmp_path, classes, refused):

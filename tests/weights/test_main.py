@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from methods.deepcluster_v2 import DeepCluster
 from recipes.config import Config
 from regnet import ARCHS, RegNet
 from swav import SwAV
@@ -10,6 +11,7 @@ from weights.__main__ import main
 from weights.atomic import load, save
 from weights.files import read
 from weights.load import load_weights
+from weights.names import part_of
 from weights.official import OFFICIAL
 from weights.preprocessing import config_of, preprocessing_of
 
@@ -63,3 +65,14 @@ def test_a_release_has_the_weights_and_the_settings_and_no_path(tmp_path, capsys
     with pytest.raises(SystemExit):
         main([str(tmp_path / "bare.pt"), "--to", "release", str(tmp_path / "other.pt")])
     assert "not of a run" in capsys.readouterr().err
+
+
+def test_a_release_has_no_features_of_the_images(tmp_path, capsys):
+    model = DeepCluster(RegNet(ARCHS["regnety_100mf"]), 9, (32, 16), (8,), steps_per_epoch=2)
+    save(tmp_path / "checkpoint.pt", {"version": 4, "config": {"method": "deepcluster_v2"},
+                                      "model": model.state_dict()})
+    main([str(tmp_path), "--to", "release", str(tmp_path / "release.pt")])
+    parts = [{*map(part_of, read(tmp_path / name).tensors)} for name in ("checkpoint.pt",
+                                                                        "release.pt")]
+    assert "memory" in parts[0] and parts[1] == parts[0] - {"memory"}
+    assert "left out, for a release has no place for them: memory" in capsys.readouterr().err

@@ -133,6 +133,13 @@ def test_the_trunk_that_is_shipped_loads_by_its_name(monkeypatch, capsys):
     assert official_names(loaded.path) == ["miniature_regnety_100mf"]
 
 
+def test_a_shipped_file_that_is_gone_is_named(monkeypatch):
+    entry = OFFICIAL["miniature_regnety_100mf"]._replace(url="weights/gone.pt")
+    monkeypatch.setitem(OFFICIAL, "miniature_regnety_100mf", entry)
+    with pytest.raises(ValueError, match=r"weights/gone.pt could not be .* put the file at .*gone"):
+        read("miniature_regnety_100mf")
+
+
 def test_the_trunk_that_is_shipped_tells_the_demos_shapes_apart_better_than_an_untrained_one():
     top1 = {}
     for source in ("random", "miniature_regnety_100mf"):
