@@ -1,5 +1,8 @@
 """What several tests of evaluation use: labelled images, and evaluate.py in this process."""
+import contextlib
 import json
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -35,6 +38,23 @@ def classes(tmp_path):
                 shade = Image.new("RGB", (40, 50), colour)
                 Image.blend(shade, Image.new("RGB", (40, 50), "white"), i / 50).save(place)
     return folder
+
+
+@pytest.fixture
+def locked():
+    """The folder's lock, in the hands of another process: a process does not exclude itself."""
+    pytest.importorskip("fcntl")
+    hold = ("import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print('held', flush=True); sys.stdin.read()")
+
+    @contextlib.contextmanager
+    def run(folder):
+        with subprocess.Popen([sys.executable, "-c", hold, folder / ".lock"], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout.readline() == "held\n"
+            yield
+            process.stdin.close()
+    return run
 
 
 def write_shades(folder):

@@ -101,6 +101,15 @@ def test_other_settings_are_refused(tmp_path):
         keep_settings(tmp_path / "compare.json", SETTINGS)
 
 
+def test_a_folder_takes_one_command_at_a_time(tmp_path, monkeypatch, refused, locked):
+    argv = ["compare", tmp_path / "out", *QUICK]
+    monkeypatch.setattr(compare, "fill", lambda *_: None)
+    with pytest.raises(SystemExit):
+        evaluate.main([*map(str, argv)])                                # makes the folder
+    with locked(tmp_path / "out"):
+        assert "another run is at work in" in refused(*argv)
+
+
 def options(out, **more):
     return argparse.Namespace(**vars(evaluate.parse(["compare", str(out), *QUICK])) | more)
 

@@ -140,6 +140,12 @@ def test_a_line_that_was_cut_off_does_not_take_the_next_one_with_it(out):
     assert cells[8, "regnety_100mf", 0]["sets"]["one"]["linear"] == 2.0 and len(cells) == 7
 
 
+def test_numbers_beside_a_failure_take_the_place_of_older_ones(out):
+    write_cell(out, cell(8, "regnety_100mf", 0, 1.0, 2.0))
+    write_cell(out, cell(8, "regnety_100mf", 0, 3.0, 4.0, failed="two: a disk that is gone"))
+    assert read_cells(out, scaling.KEY)[8, "regnety_100mf", 0]["sets"]["one"]["linear"] == 4.0
+
+
 def test_a_set_is_measured_again_where_it_has_changed(classes, tmp_path):
     def digest():
         return scaling.digest_of(open_splits(classes))
@@ -176,21 +182,15 @@ def test_a_set_that_is_not_measured_counts_as_failed(tmp_path, classes, monkeypa
         assert stop.value.code == status
 
 
-def test_a_folder_takes_one_command_at_a_time(tmp_path, classes, monkeypatch, refused):
-    """A lock is a process's, so another one holds it."""
+def test_a_folder_takes_one_command_at_a_time(tmp_path, classes, monkeypatch, refused, locked):
     write_pictures(tmp_path / "photos", 12)
     argv = ["scaling", tmp_path / "out", f"--data={tmp_path / 'photos'}", "--pictures=all",
             f"--sets={classes}", *QUICK]
     monkeypatch.setattr(scaling, "fill", lambda *_: None)
     with pytest.raises(SystemExit):
         evaluate.main([*map(str, argv)])                                # makes the folder
-    hold = ("import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
-            "print('held', flush=True); sys.stdin.read()")
-    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "out" / ".lock"], text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == "held\n"
+    with locked(tmp_path / "out"):
         assert "another run is at work in" in refused(*argv)
-        process.stdin.close()
 
 
 def test_what_cannot_be_measured_gets_one_sentence(tmp_path, classes, refused):
