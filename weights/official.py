@@ -243,13 +243,15 @@ def fetch_path(name: str) -> Path:
 
 def fetch(name: str, quiet: bool = False) -> Path:
     """An official file's path; downloaded if it is not there. Prints its licence once, unless
-    quiet. Raises ValueError where the download fails."""
-    entry = OFFICIAL[name]
+    quiet. Raises ValueError where the download fails, or a file of this repository is gone."""
+    entry, path = OFFICIAL[name], fetch_path(name)
+    if "://" not in entry.url and not path.exists():
+        raise ValueError(f"{path} is not there: it comes with this project's repository")
     if entry.licence not in _licences_printed and not quiet:
         _licences_printed.add(entry.licence)
         print(f"licence of {name}: {LICENCES[entry.licence]}", file=sys.stderr)
     digest = re.search(r"-([0-9a-f]{8})\.", entry.url.rpartition("/")[2])
-    return download(entry.url, fetch_path(name), digest and digest[1], gigabytes(entry))
+    return download(entry.url, path, digest and digest[1], gigabytes(entry))
 
 
 def gigabytes(entry: Official) -> float | None:
