@@ -85,6 +85,14 @@ def test_prototypes_grow_with_the_set_and_no_further():
         200, 1_000, 16_383, 16_384, 99_999)] == [32, 128, 128, 256, 256]
 
 
+def test_a_trunk_that_has_learned_gets_a_quarter_of_the_rate():
+    new, learned = (small(survey_of(500), given)["lr"] for given in ({}, {"init": "trunk.pt"}))
+    assert learned[0] == new[0] / 4 and "learned already" in learned[1]
+    config = configure({"data": "photos/", "recipe": "demo", "init": "trunk.pt",
+                        "lr": learned[0], "batch_size": 128})
+    assert "--lr" not in remedies(config)
+
+
 # ----------------------------------------------------------------------------------- the remedies
 def test_remedies_name_what_differs_from_what_helped():
     text = remedies(configure({"recipe": "seer", "arch": "regnety_16gf"}))
