@@ -159,7 +159,7 @@ def caption(settings: dict, cells: dict[tuple[str, int], dict]) -> str:
         about += (" The untrained trunk, fine-tuned, is supervised training from scratch with that "
                   "share of the labels.")
         if settings.get("epochs"):
-            about += f" Fine-tuned for {settings['epochs']:g} epochs."
+            about += f" With all of them it is fine-tuned for {settings['epochs']:g} epochs."
         if settings.get("lr"):
             about += f" Its learning rate is {settings['lr']:g} per 256 images of batch."
     if given := {method: cell["checkpoint"] for (method, _), cell in cells.items()

@@ -121,10 +121,12 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--labels", action=Text, default="", help="a share of each class' labels, "
                        "as 0.01, or a list of file names; of detect a share of the images; none: "
                        "all")
-    group.add_argument("--recipe", choices=list(RECIPES), help="none: finetune, or few where "
-                       "--labels is given")
+    group.add_argument("--recipe", choices=list(RECIPES), help="none: small for a trunk "
+                       "that has learned and fewer than 5,000 images, else few where --labels is "
+                       "given, else finetune")
     group.add_argument("--epochs", type=number_in(float, 0.001, 100_000),
-                       help="of compare those of its --finetune; none: by the recipe")
+                       help="of compare those of its --finetune with all labels; none: by the "
+                       "recipe")
     group.add_argument("--batch-size", type=number_in(int, 2, 8192))
     group.add_argument("--lr", type=number_in(float, 0, 1000), help="per 256 images of batch; "
                        "detect: per 16; of compare that of its --finetune")

@@ -133,6 +133,7 @@ def measure(options: argparse.Namespace, recipe, run: Path, method: str, seed: i
         cell[f"linear_{name}"] = few_labels(train, val, part)
     for name, part in (SHARES | {"100": ""}).items() if options.finetune else ():
         task = task_of(options, recipe, source, what="finetune", labels=str(part),
+                       epochs=options.epochs if name == "100" else None,
                        out=f"{run}-finetuned-{name}", **network)
         cell[f"finetuned_{name}"] = finetune.run(task)["top1"]
     return cell

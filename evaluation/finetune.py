@@ -4,8 +4,9 @@
     train = some_labels(train, "0.01")                  # 1 % of each class
     python evaluate.py finetune runs/mine --data flowers/ --labels 0.1 --out runs/finetuned
 
-`classify` measures a fine-tuned run or an official fine-tuned file, top-1 and top-5. Training is
-in supervised.py.
+A trunk that has learned, and few images, get recipe `small`: fc begins as the linear probe (Kumar
+et al., arXiv 2202.10054), and BatchNorm keeps the trunk's statistics. `classify` measures a
+fine-tuned run or an official fine-tuned file, top-1 and top-5. Training is in supervised.py.
 
 Shapes: B images of a batch, M images of a set, K classes.
 """
@@ -18,22 +19,42 @@ from torch import Tensor, nn
 from data.images import read_list
 from data.labelled import Labelled, open_labelled, open_splits, read_share
 from data.stream import mix
+from evaluation.features import Depths
+from evaluation.linear import fit_probe
 from evaluation.supervised import train_with_labels
 from evaluation.task import EvalTask, counts
 from weights.load import load_weights
 
+FEW_IMAGES = 5_000          # with labels; with fewer, recipe small
+
 
 class Finetuned(nn.Module):
-    """Trunk and fc: images -> [scores (B, K)]. All of it is trained."""
+    """Trunk and fc: images -> [scores (B, K)]. All of it is trained; keep_statistics: but for
+    BatchNorm's running means and variances, which it normalises with in training too."""
 
-    def __init__(self, trunk: nn.Module, classes: int):
+    def __init__(self, trunk: nn.Module, classes: int, keep_statistics: bool = False):
         super().__init__()
         self.trunk, self.fc = trunk, nn.Linear(trunk.num_features, classes)
+        self.keep_statistics = keep_statistics
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return [self.fc(self.trunk(images))]
+
+    def train(self, mode: bool = True) -> "Finetuned":
+        super().train(mode)
+        if self.keep_statistics:
+            self.trunk.eval()
+        return self
+
+    @torch.no_grad()
+    def start_as_probe(self, features: Tensor, labels: Tensor) -> None:
+        """fc predicts what `fit_probe` does. features: of the trunk (N, C); labels: (N,)."""
+        mean, std, weights, _ = fit_probe(features, labels, self.fc.out_features)
+        weight = weights[:-1] / std[:, None]                # of features that are not standardised
+        self.fc.weight.copy_(weight.t())
+        self.fc.bias.copy_(weights[-1] - mean @ weight)
 
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of its state dict with torchvision's names: what best.pt and last.pt hold."""
@@ -82,13 +103,28 @@ def run(task: EvalTask) -> dict:
     train = some_labels(train, options.labels) if options.labels else train
     few = len(train.images) < everything
     torch.manual_seed(options.seed)
-    model = Finetuned(task.trunk, len(train.classes))
-    recipe = options.recipe or ("few" if few else "finetune")
-    names = [train.images.name(i) for i in range(len(train.images))] if few else "all"
-    (last,), (best,), summary = train_with_labels(task, model, train, val, recipe,
-                                                  {"labels": names})
+    recipe = options.recipe or recipe_for(task, train, few)
+    learned = recipe == "small" and task.loaded is not None
+    model = Finetuned(task.trunk, len(train.classes), keep_statistics=learned)
+    if learned:
+        if train.multilabel or options.shard:
+            raise ValueError("recipe small needs one label an image, and no --shard")
+        probed = task.extract(Depths(task.trunk, ["avgpool"]), train)
+        model.start_as_probe(*probed.outputs, probed.labelled.labels)
+    about = {"labels": [train.images.name(i) for i in range(len(train.images))] if few else "all"}
+    (last,), (best,), summary = train_with_labels(
+        task, model, train, val, recipe, about | ({"begins": "linear probe"} if learned else {}))
     what = "map" if train.multilabel else "top1"
     return {what: last, "best": best, "labels": options.labels or "1"} | summary
+
+
+def recipe_for(task: EvalTask, train: Labelled, few: bool) -> str:
+    """few: some of the labels. An untrained trunk has no statistics to keep, and learns with the
+    published rates."""
+    if (task.loaded and not task.options.shard and not train.multilabel
+            and 5 <= len(train.images) < FEW_IMAGES):
+        return "small"
+    return "few" if few else "finetune"
 
 
 def run_classify(task: EvalTask) -> dict:

@@ -61,9 +61,10 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, weight_decay: flo
                     + weight_decay / 2 * weights[:-1].square().sum(), start, tolerance)
 
 
-def linear_probe(features: Tensor, labels: Tensor, queries: Tensor,
-                 decays: Sequence[float] = WEIGHT_DECAYS) -> tuple[Tensor, float]:
-    """Logistic regression on standardised features: predicted labels (M,), chosen weight decay.
+def fit_probe(features: Tensor, labels: Tensor, classes: int,
+              decays: Sequence[float] = WEIGHT_DECAYS) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Logistic regression on standardised features: their mean and deviation (C,), the weights
+    (C + 1, K) of (features - mean) / deviation, the chosen weight decay.
 
     A fifth of the training images, drawn at random, chooses the weight decay (of equals, the
     largest); then all of them are fitted with it. Raises ValueError for fewer than 5 images.
@@ -72,8 +73,7 @@ def linear_probe(features: Tensor, labels: Tensor, queries: Tensor,
         raise ValueError(f"linear needs at least 5 training images, not {len(features)}")
     mean, std = features.mean(0), features.std(0)
     std = torch.where(std > 1e-6 * std.max(), std, 1.0)      # a constant feature says nothing
-    x, queries = (features - mean) / std, (queries - mean) / std
-    classes = int(labels.max()) + 1
+    x = (features - mean) / std
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held_out, rest = order[:len(x) // 5], order[len(x) // 5:]
     part, part_labels, held_out_x = x[rest], labels[rest], x[held_out]
@@ -83,7 +83,14 @@ def linear_probe(features: Tensor, labels: Tensor, queries: Tensor,
         top1 = per_cent(linear(held_out_x, weights).argmax(1), labels[held_out])
         best = max(best, (top1, decay, weights), key=lambda entry: entry[0])
     _, decay, weights = best
-    return linear(queries, fit_linear(x, labels, classes, decay, weights)).argmax(1), decay
+    return mean, std, fit_linear(x, labels, classes, decay, weights), decay
+
+
+def linear_probe(features: Tensor, labels: Tensor, queries: Tensor,
+                 decays: Sequence[float] = WEIGHT_DECAYS) -> tuple[Tensor, float]:
+    """`fit_probe`: predicted labels of the queries (M,), chosen weight decay."""
+    mean, std, weights, decay = fit_probe(features, labels, int(labels.max()) + 1, decays)
+    return linear((queries - mean) / std, weights).argmax(1), decay
 
 
 class LinearProbes(nn.Module):

@@ -10,6 +10,7 @@ from data.labelled import open_splits
 from evaluation import supervised
 from evaluation.features import Preprocessing
 from evaluation.finetune import Finetuned, some_labels
+from evaluation.linear import linear_probe
 from evaluation.supervised import RECIPES, fit
 from methods.build import build_trunk
 from tests.evaluation.conftest import QUICK, RANDOM, normalised
@@ -42,6 +43,48 @@ def test_the_learning_rate_follows_the_recipe():
         0.1, 0.1, 0.01, 0.001, 0.0001, 0.00001]
     shorter = published._replace(epochs=10.5, batch_size=512)
     assert [round(shorter.lr_at(epoch), 6) for epoch in (2.9, 3, 6)] == [0.2, 0.02, 0.002]
+
+
+def test_fc_begins_as_the_linear_probe():
+    torch.manual_seed(0)
+    model = Finetuned(build_trunk("regnety_100mf"), 5)
+    labels = torch.arange(60) % 4                           # none of the last class
+    features = 3 + torch.randn(60, 152) * torch.rand(152)
+    features[:, 0] = 7.0
+    features[:, 1:5] = 4 * torch.eye(4)[labels]
+    queries = features + 0.1 * torch.randn_like(features)
+    model.start_as_probe(features, labels)
+    with torch.no_grad():
+        predicted = model.fc(queries).argmax(1)
+    assert predicted.equal(linear_probe(features, labels, queries)[0])
+    assert 0.5 < (predicted == labels).float().mean()
+
+
+def test_few_images_keep_the_statistics(classes, tmp_path, command):
+    """Of a trunk that has learned. Without learning it is the linear probe."""
+    torch.manual_seed(0)
+    trunk = build_trunk("regnety_100mf")
+    trunk(torch.randn(32, 3, 32, 32))
+    torch.save(trunk.state_dict(), tmp_path / "trunk.pth")
+    options = [tmp_path / "trunk.pth", "--data", classes, *QUICK]
+    probe = command("linear", *options)["top1"]
+    still = command("finetune", *options, "--lr=0", "--epochs=1", f"--out={tmp_path / 'still'}")
+    assert still["top1"] == probe > 50
+    tuned = command("finetune", *options, "--epochs=2", f"--out={tmp_path / 'tuned'}")
+    assert (tuned["recipe"]["lr"], tuned["recipe"]["batch_size"]) == (0.0125, tuned["train"])
+    before, after = trunk.state_dict(), load(tmp_path / "tuned" / "last.pt")
+    assert all(before[name].equal(after[name]) == ("running" in name or "batches" in name)
+               for name in before)
+
+
+@pytest.mark.long
+def test_a_new_trunk_moves_its_statistics(shades, tmp_path, command):
+    result = command("finetune", *RANDOM, "--data", shades, *QUICK, "--labels=0.1",
+                     f"--out={tmp_path}")
+    assert result["recipe"]["lr"] == 0.05 and result["recipe"]["batch_size"] == result["train"] < 64
+    assert result["recipe"]["epochs"] == 160                    # each of one batch
+    mean = load(tmp_path / "last.pt")["stem.1.running_mean"]
+    assert mean.abs().min() > 0
 
 
 @pytest.mark.long
