@@ -29,7 +29,7 @@ makes a page to look at them.
 retrieve: images found by their features, of published benchmarks or, attacked, of one's own.
 duplicates: groups of images that are nearly the same, and a list of those to keep.
 compare: the methods of train.py, trained with several seeds each and measured (docs/methods.md).
-scaling: SwAV on parts of a set, with several trunks, measured on other sets (docs/miniature.md).
+scaling: SwAV on parts of a set, with several trunks, measured on other sets (docs/scaling.md).
 Of both CHECKPOINT is a new folder for all that, and a table comes in place of the JSON object.
 
 Each protocol is a file of evaluation/.

@@ -31,7 +31,7 @@ LICENCES = {
     "dino": "Apache-2.0 (github.com/facebookresearch/dino)",
     "barlowtwins": "MIT (github.com/facebookresearch/barlowtwins)",
     "lightly": "MIT (github.com/lightly-ai/lightly)",
-    "miniature": "MIT, as this project; those of its pictures are in docs/miniature.md",
+    "miniature": "MIT, as this project; those of its pictures are in docs/sets.md",
 }
 
 
