@@ -159,9 +159,9 @@ def caption(settings: dict, cells: dict[tuple[str, int], dict]) -> str:
         about += (" The untrained trunk, fine-tuned, is supervised training from scratch with that "
                   "share of the labels.")
         if settings.get("epochs"):
-            about += f" With all of them it is fine-tuned for {settings['epochs']:g} epochs."
+            about += f" Fine-tuning with all labels is for {settings['epochs']:g} epochs."
         if settings.get("lr"):
-            about += f" Its learning rate is {settings['lr']:g} per 256 images of batch."
+            about += f" The learning rate is {settings['lr']:g} per 256 images of batch."
     if given := {method: cell["checkpoint"] for (method, _), cell in cells.items()
                  if "checkpoint" in cell}:
         about += (f" Given trunks: {', '.join(f'{name}, {path}' for name, path in given.items())}; "

@@ -25,7 +25,7 @@ from evaluation.supervised import train_with_labels
 from evaluation.task import EvalTask, counts
 from weights.load import load_weights
 
-FEW_IMAGES = 5_000          # with labels; with fewer, recipe small
+FEW_IMAGES = 500            # with labels; with fewer, recipe small
 
 
 class Finetuned(nn.Module):
@@ -86,6 +86,8 @@ def share_of_classes(targets: Tensor, share: float, draw: int = 0) -> list[int]:
 
 def _listed(images, path: str) -> list[int]:
     wanted = {os.fsdecode(line.strip()) for line in read_list(path)}
+    if not wanted:
+        raise ValueError(f"{path} names no image")
     names = [images.name(i) for i in range(len(images))]
     if not wanted & set(names):                         # SimCLR's have no folders
         names = [os.path.basename(name) for name in names]
@@ -104,12 +106,13 @@ def run(task: EvalTask) -> dict:
     few = len(train.images) < everything
     torch.manual_seed(options.seed)
     recipe = options.recipe or recipe_for(task, train, few)
-    learned = recipe == "small" and task.loaded is not None
+    learned = recipe == "small"
+    if learned and (not task.loaded or train.multilabel or options.shard):
+        raise ValueError("recipe small needs a trunk that has learned, one label an image, and no "
+                         "--shard")
     model = Finetuned(task.trunk, len(train.classes), keep_statistics=learned)
     if learned:
-        if train.multilabel or options.shard:
-            raise ValueError("recipe small needs one label an image, and no --shard")
-        probed = task.extract(Depths(task.trunk, ["avgpool"]), train)
+        probed = task.extract(Depths(task.trunk, ["avgpool"]), train, dtype=torch.float32)
         model.start_as_probe(*probed.outputs, probed.labelled.labels)
     about = {"labels": [train.images.name(i) for i in range(len(train.images))] if few else "all"}
     (last,), (best,), summary = train_with_labels(

@@ -70,7 +70,8 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int,
     largest); then all of them are fitted with it. Raises ValueError for fewer than 5 images.
     """
     if len(features) < 5:
-        raise ValueError(f"linear needs at least 5 training images, not {len(features)}")
+        raise ValueError("a linear probe needs at least 5 training images that can be read, not "
+                         f"{len(features)}")
     mean, std = features.mean(0), features.std(0)
     std = torch.where(std > 1e-6 * std.max(), std, 1.0)      # a constant feature says nothing
     x = (features - mean) / std

@@ -81,8 +81,7 @@ RECIPES = {
     "finetune384": Recipe(15, 256, 0.1, (30, 60, 90, 100), augment=True),
     # VISSL: semi_supervised/imagenet1k, for 1 % and 10 % of the labels
     "few": Recipe(70, 256, 0.05, (30,)),
-    # of a trunk that has learned, and fewer than 5,000 images; measured (docs/miniature.md): with
-    # 3 times the rate it did not pass its own linear probe
+    # of a trunk that has learned, and fewer than 500 images; measured (docs/miniature.md)
     "small": Recipe(20, 256, 0.0125, (30,)),
 }
 SMALLEST_BATCH = 64         # or all images: of 44 images, batches of 8 cost a new trunk 22 points
@@ -300,7 +299,8 @@ def fit(model: nn.Module, train: Labelled, val: Labelled, recipe: Recipe, out: P
     """
     device, (_, world) = torch.device(device), rank_and_world()
     if recipe.batch_size % world:
-        raise ValueError(f"a batch of {recipe.batch_size} is not divisible by {world} processes")
+        raise ValueError(f"a batch of {recipe.batch_size} is not divisible by {world} processes: "
+                         "give another --batch-size")
     steps = max(1, round(recipe.epochs * len(train.images) / recipe.batch_size))
     settings = {"recipe": as_dict(recipe, preprocessing), "seed": seed, "precision": str(dtype),
                 "pictures": len(train.images), "val": len(val.images), "classes": train.classes,
@@ -334,9 +334,9 @@ def train_with_labels(task: EvalTask, model: nn.Module, train: Labelled, val: La
     """`fit` with a recipe of RECIPES, changed by the command line: last, best, and what a result
     says of the training."""
     options, size, published = task.options, task.preprocessing.size, RECIPES[recipe]
-    count, (_, world) = len(train.images), rank_and_world()
-    batch_size = min(published.batch_size, max(count // 8, min(count, SMALLEST_BATCH)))
-    batch_size = options.batch_size or max(1, batch_size // world) * world
+    count = len(train.images)
+    batch_size = options.batch_size or min(published.batch_size,
+                                           max(count // 8, min(count, SMALLEST_BATCH)))
     epochs = options.epochs or max(published.epochs, LEAST_STEPS * batch_size / count)
     changes = {"area": options.area or (0.25 if size < 224 else None), "epochs": epochs,
                "batch_size": batch_size, "lr": options.lr}

@@ -115,9 +115,10 @@ class EvalTask:
         """Images without labels, --data as train.py takes it; none: the held-out demo images."""
         return open_images(self.options.data) if self.options.data else open_splits("")[1].images
 
-    def extract(self, network: nn.Module, labelled: Labelled) -> Extracted:
+    def extract(self, network: nn.Module, labelled: Labelled, **more) -> Extracted:
+        """more: in place of extract_options."""
         outputs, ok = extract(network, self.preprocessing.center_crops(labelled.images),
-                              **self.extract_options())
+                              **self.extract_options() | more)
         kept = labelled.subset(ok.nonzero()[:, 0].tolist())
         return Extracted([x[ok] for x in outputs], kept, len(ok) - len(kept.targets))
 

@@ -112,8 +112,10 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
         return rule
     for name in ("strength", "strength_rise", "gray", "blur", "head_bn"):
         rule[name] = (rule[name][0], f"as for SwAV: {rule[name][1].removeprefix('as SwAV; ')}")
-    rule["lr"] = (rule["lr"][0], "as for SwAV, with LARC: " + rule["lr"][1].split(":")[0])
-    return of_method(rule, method, count)
+    lr, reason = rule["lr"]
+    rule["lr"] = (lr, f"{reason.split(':')[0]}, as for SwAV (there measured)")
+    init = {"lr": rule["lr"]} if given.get("init") else {}      # with a momentum encoder too
+    return of_method(rule, method, count) | init
 
 
 def peak_of(init: str | None, batch: int) -> tuple[float, str]:
@@ -144,8 +146,8 @@ def remedies(config: Config) -> str:
                    "head_bn": True}
     else:
         rule = small_of(config.method, SMALL, config.batch_size)
-        helped |= {name: value for name, (value, _) in rule.items()
-                   if name not in ("crops", "queue", "prototypes")}     # rules of the number
+        aside = {"crops", "queue", "prototypes"} | ({"lr"} if config.init else set())
+        helped |= {name: value for name, (value, _) in rule.items() if name not in aside}
     helped |= {"gray": 0.0, "blur": "0"}
     if config.method == "swav":
         helped |= {"freeze_prototypes": 0}

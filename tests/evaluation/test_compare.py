@@ -257,6 +257,9 @@ def test_a_comparison_from_end_to_end(tmp_path, shades):
         for key, cell in first.items())                     # measured again, fine-tuned, the same
     assert "fine-tuned, 10 % | fine-tuned, all" in text and "| mine | " in text
     assert all(both["mine", 0][name] == both["swav", 0][name] for name in [*FROZEN, *FINETUNED])
+    epochs = [json.loads((out / f"swav-0-finetuned-{share}" / "config.json").read_text())[
+        "config"]["recipe"]["epochs"] for share in ("1", "10", "100")]
+    assert epochs == [160, 160, 2]                          # a batch of all of the few images
 
     process = start("--seeds=0", "--steps=13")
     _, errors = process.communicate(timeout=600)

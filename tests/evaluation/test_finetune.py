@@ -70,11 +70,21 @@ def test_few_images_keep_the_statistics(classes, tmp_path, command):
     probe = command("linear", *options)["top1"]
     still = command("finetune", *options, "--lr=0", "--epochs=1", f"--out={tmp_path / 'still'}")
     assert still["top1"] == probe > 50
-    tuned = command("finetune", *options, "--epochs=2", f"--out={tmp_path / 'tuned'}")
+    tuned = command("finetune", *options, "--epochs=2", "--precision=bf16",
+                    f"--out={tmp_path / 'tuned'}")
     assert (tuned["recipe"]["lr"], tuned["recipe"]["batch_size"]) == (0.0125, tuned["train"])
     before, after = trunk.state_dict(), load(tmp_path / "tuned" / "last.pt")
     assert all(before[name].equal(after[name]) == ("running" in name or "batches" in name)
                for name in before)
+    assert {x.dtype for x in after.values()} == {torch.float32, torch.int64}
+
+
+def test_recipe_small_needs_a_trunk_that_has_learned(classes, tmp_path, refused):
+    options = ["--data", classes, *QUICK, f"--out={tmp_path / 'out'}"]
+    assert "has learned" in refused("finetune", *RANDOM, *options, "--recipe=small")
+    (tmp_path / "list.txt").write_text("# none\n")
+    assert "names no image" in refused("finetune", *RANDOM, *options,
+                                       f"--labels={tmp_path / 'list.txt'}")
 
 
 @pytest.mark.long

@@ -88,6 +88,11 @@ def test_prototypes_grow_with_the_set_and_no_further():
 def test_a_trunk_that_has_learned_gets_a_quarter_of_the_rate():
     new, learned = (small(survey_of(500), given)["lr"] for given in ({}, {"init": "trunk.pt"}))
     assert learned[0] == new[0] / 4 and "learned already" in learned[1]
+    byol = small(survey_of(500), {"init": "trunk.pt", "method": "byol"})
+    assert byol["lr"][0] == learned[0] and "predictor" in byol
+    found = Config(method="byol", init="trunk.pt", **{name: value for name, (value, _) in
+                                                      byol.items()})
+    assert remedies(found).startswith("nothing that is known")
     config = configure({"data": "photos/", "recipe": "demo", "init": "trunk.pt",
                         "lr": learned[0], "batch_size": 128})
     assert "--lr" not in remedies(config)
