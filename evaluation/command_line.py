@@ -122,8 +122,8 @@ def add_options_of_protocols(parser: argparse.ArgumentParser) -> None:
                        "as 0.01, or a list of file names; of detect a share of the images; none: "
                        "all")
     group.add_argument("--recipe", choices=list(RECIPES), help="none: small for a trunk "
-                       "that has learned and fewer than 500 images with one label each, else few "
-                       "where --labels is given, else finetune")
+                       "that has learned and fewer than 5,000 images with one label each, else "
+                       "few where --labels is given, else finetune")
     group.add_argument("--epochs", type=number_in(float, 0.001, 100_000),
                        help="of compare those of its --finetune with all labels; none: by the "
                        "recipe")

@@ -25,7 +25,7 @@ from evaluation.supervised import train_with_labels
 from evaluation.task import EvalTask, counts
 from weights.load import load_weights
 
-FEW_IMAGES = 500            # with labels; with fewer, recipe small
+FEW_IMAGES = 5_000          # with labels; with fewer, recipe small
 
 
 class Finetuned(nn.Module):

@@ -81,7 +81,7 @@ RECIPES = {
     "finetune384": Recipe(15, 256, 0.1, (30, 60, 90, 100), augment=True),
     # VISSL: semi_supervised/imagenet1k, for 1 % and 10 % of the labels
     "few": Recipe(70, 256, 0.05, (30,)),
-    # of a trunk that has learned, and fewer than 500 images; measured (docs/miniature.md)
+    # of a trunk that has learned, and fewer than 5,000 images; measured (docs/miniature.md)
     "small": Recipe(20, 256, 0.0125, (30,)),
 }
 SMALLEST_BATCH = 64         # or all images: of 44 images, batches of 8 cost a new trunk 22 points
