@@ -81,8 +81,9 @@ RECIPES = {
     "finetune384": Recipe(15, 256, 0.1, (30, 60, 90, 100), augment=True),
     # VISSL: semi_supervised/imagenet1k, for 1 % and 10 % of the labels
     "few": Recipe(70, 256, 0.05, (30,)),
-    # of a trunk that has learned, and fewer than 5,000 images; measured (docs/miniature.md)
-    "small": Recipe(20, 256, 0.0125, (30,)),
+    # of a trunk that has learned, and fewer than 5,000 images; measured (docs/miniature.md): at
+    # twice this rate, with batches of 128, a loss became infinite
+    "small": Recipe(20, 64, 0.0125, (30,)),
 }
 SMALLEST_BATCH = 64         # or all images: of 44 images, batches of 8 cost a new trunk 22 points
 LEAST_STEPS = 160           # where no --epochs is given
