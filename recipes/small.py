@@ -114,8 +114,7 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
         return rule
     for name in ("strength", "strength_rise", "gray", "blur", "head_bn"):
         rule[name] = (rule[name][0], f"as for SwAV: {rule[name][1].removeprefix('as SwAV; ')}")
-    lr, reason = rule["lr"]
-    rule["lr"] = (lr, f"{reason.split(':')[0]}, as for SwAV (there measured)")
+    rule["lr"] = (rule["lr"][0], rule["lr"][1].split(":")[0] + ", as for SwAV (there measured)")
     init = {"lr": rule["lr"]} if given.get("init") else {}      # with a momentum encoder too
     return of_method(rule, method, count) | init
 
