@@ -85,7 +85,7 @@ RECIPES = {
     # twice this rate, with batches of 128, a loss became infinite
     "small": Recipe(20, 64, 0.0125, (30,)),
 }
-SMALLEST_BATCH = 64         # or all images: of 44 images, batches of 8 cost a new trunk 22 points
+SMALLEST_BATCH = 64         # or all images: of a set's 44, batches of 8 cost a new trunk 22 points
 LEAST_STEPS = 160           # where no --epochs is given
 
 

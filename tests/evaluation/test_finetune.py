@@ -60,7 +60,7 @@ def test_fc_begins_as_the_linear_probe():
     assert 0.5 < (predicted == labels).float().mean()
 
 
-def test_few_images_keep_the_statistics(classes, tmp_path, command):
+def test_few_images_keep_the_statistics(classes, tmp_path, command, monkeypatch):
     """Of a trunk that has learned. Without learning it is the linear probe."""
     torch.manual_seed(0)
     trunk = build_trunk("regnety_100mf")
@@ -68,8 +68,16 @@ def test_few_images_keep_the_statistics(classes, tmp_path, command):
     torch.save(trunk.state_dict(), tmp_path / "trunk.pth")
     options = [tmp_path / "trunk.pth", "--data", classes, *QUICK]
     probe = command("linear", *options)["top1"]
+    begun, start = [], Finetuned.start_as_probe
+
+    def start_and_note(model, *features_and_labels):
+        start(model, *features_and_labels)
+        begun.append(model.fc.weight.detach().clone())
+
+    monkeypatch.setattr(Finetuned, "start_as_probe", start_and_note)
     still = command("finetune", *options, "--lr=0", "--epochs=1", f"--out={tmp_path / 'still'}")
     assert still["top1"] == probe > 50
+    assert load(tmp_path / "still" / "last.pt")["fc.weight"].equal(begun[0])
     tuned = command("finetune", *options, "--epochs=2", "--precision=bf16",
                     f"--out={tmp_path / 'tuned'}")
     assert (tuned["recipe"]["lr"], tuned["recipe"]["batch_size"]) == (0.0125, tuned["train"])
