@@ -19,6 +19,8 @@ Shapes: B images of a micro-batch, N crops of one size, s pixels, P parameters o
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -120,9 +122,13 @@ class Loader:
         # of the step's micro-batches: positions and faults, or once asked for the images' numbers
         self.shown, self.numbers = [], []
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.fetching, self.raise_if_dead = False, None
 
     def __enter__(self) -> "Loader":
         self.batches, self.next = iter(self.loader), None
+        in_main = threading.current_thread() is threading.main_thread()
+        if self.workers and in_main and os.name == "posix":
+            self.raise_if_dead = signal.signal(signal.SIGCHLD, self.on_child)
         return self
 
     def __exit__(self, *_) -> None:
@@ -131,6 +137,24 @@ class Loader:
         for worker in getattr(self.batches, "_workers", []):
             if worker.is_alive():
                 worker.kill()
+        if self.raise_if_dead:
+            signal.signal(signal.SIGCHLD, self.raise_if_dead)
+
+    def on_child(self, number: int, frame) -> None:
+        """torch's handler of SIGCHLD, which raises RuntimeError where a worker has died: in `fetch`
+        alone, and not in the middle of a step, or of a save."""
+        if self.fetching and self.raise_if_dead:
+            self.raise_if_dead(number, frame)
+
+    def check_workers(self, patience: float = 0) -> None:
+        """Raises RuntimeError where a worker has died. patience: seconds to wait for that."""
+        workers, end = getattr(self.batches, "_workers", []), time.monotonic() + patience
+        while not (dead := [worker for worker in workers if worker.exitcode]):
+            if not workers or time.monotonic() >= end:
+                return
+            time.sleep(0.01)
+        raise RuntimeError(f"DataLoader worker (pid {dead[0].pid}) has died, with exit code "
+                           f"{dead[0].exitcode}")
 
     def __iter__(self) -> Iterator[tuple[int, MicroBatches]]:
         positions = iter(self.positions)
@@ -181,20 +205,21 @@ class Loader:
     def fetch(self) -> tuple[list[Tensor], list[Tensor], list[Fault]] | None:
         """Crops, on the device some time later, parameters, faults; None after the last step."""
         try:
+            self.fetching = True
+            self.check_workers()
             crops, params, faults = next(self.batches)
         except StopIteration:
             return None
-        except RuntimeError as error:
+        except Exception as error:
             if "timed out" in str(error):
                 raise RuntimeError(f"DataLoader: no input for {STUCK / 60:g} minutes: a file "
                                    "system that does not answer, or images that take this long"
                                    ) from None
+            if "DataLoader worker" not in str(error):
+                self.check_workers(patience=1)      # its socket ends before the process does
             raise
-        except (OSError, EOFError) as error:        # its tensors come through a socket of its own
-            dead = [str(worker.pid) for worker in getattr(self.batches, "_workers", [])
-                    if not worker.is_alive()]
-            raise RuntimeError(f"DataLoader worker (pid {', '.join(dead)}) has died: {error}"
-                               ) from None
+        finally:
+            self.fetching = False
         with torch.cuda.stream(self.copies):        # None: where the device computes
             return [c.to(self.device, non_blocking=True) for c in crops], params, faults
 

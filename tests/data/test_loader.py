@@ -3,10 +3,12 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 
 import pytest
@@ -205,6 +207,39 @@ def test_input_that_stalls_is_a_sentence_before_the_other_ranks_give_up(tmp_path
             loader_of(stream, workers=1, steps=(0, 500)) as batches:
         for _, micro_batches in batches:
             list(micro_batches)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="workers die without a signal")
+def test_a_worker_that_dies_ends_no_step_but_the_next_fetch():
+    before = signal.getsignal(signal.SIGCHLD)
+    with loader_of(workers=1, steps=(0, 500)) as batches:
+        batches.take(range(8))
+        worker, = batches.batches._workers
+        worker.kill()
+        worker.join()
+        time.sleep(0.1)             # Python's handler has run, and has raised nothing
+        with pytest.raises(RuntimeError, match=rf"DataLoader worker .*\b{worker.pid}\)"):
+            batches.take(range(8))
+    with loader_of(workers=1):      # now that torch has set its own
+        after = signal.getsignal(signal.SIGCHLD)
+    assert before != after != signal.getsignal(signal.SIGCHLD)
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(), RuntimeError("no ancdata")])
+def test_a_connection_that_breaks_names_the_worker(error):
+    with loader_of(workers=1) as batches:
+        worker, = batches.batches._workers
+
+        class Broken:
+            _workers, _shutdown_workers = [worker], batches.batches._shutdown_workers
+
+            def __next__(self):
+                Timer(0.2, worker.kill).start()         # the socket first, then the process
+                raise error
+
+        batches.batches = Broken()
+        with pytest.raises(RuntimeError, match=rf"DataLoader worker .*\b{worker.pid}\)"):
+            batches.take(range(8))
 
 
 def test_ranks_share_the_batch():

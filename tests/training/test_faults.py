@@ -109,11 +109,16 @@ def runs(pid):
         return False
 
 
-def kill_all(process):
-    """SIGKILL a process and all below it: torchrun's ranks are in sessions of their own."""
+def family_of(process):
+    """A process and all below it: torchrun's ranks are in sessions of their own."""
     family = [process.pid]
     for pid in family:
         family += children(pid)
+    return family
+
+
+def kill_all(process, family):
+    """SIGKILL them all, and wait until they are gone."""
     for pid in family:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -134,11 +139,14 @@ def kill_at_random(photos, out, whole, ranks, kills, rng):
         process = start(photos, out, ranks=ranks)
         when_at(out, rng.randrange(STEPS - 8), process)
         if kill % 2 and step_of(out) < STEPS - 4:       # else no save may be left to be cut off
+            when_at(out, step_of(out) + 1, process)     # its ranks and workers are there
+            family = family_of(process)                 # first: a save takes but milliseconds
             when_saving(out, process)
         else:
             time.sleep(rng.random() * 0.1)
+            family = family_of(process)
         assert process.poll() is None, process.communicate()[1]
-        kill_all(process)
+        kill_all(process, family)
         saving += bool(list(out.glob("*.pt.tmp")))
     finish(photos, out, ranks=ranks)
     same_run(out, whole(ranks))
@@ -162,7 +170,8 @@ def test_a_worker_that_dies_is_named_and_none_outlives_its_run(few_photos, tmp_p
     os.kill(worker, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     # torch says "(pid 12) is killed" or "(pid(s) 12) exited", as it learns of it
-    assert process.returncode == 2 and re.search(rf"DataLoader worker .*\b{worker}\)", errors)
+    assert process.returncode == 2, errors
+    assert re.search(rf"DataLoader worker .*\b{worker}\)", errors), errors
     assert "Traceback" not in errors
     process = start(few_photos, tmp_path / "run", "--steps=2000")
     when_at(tmp_path / "run", 4, process)
