@@ -148,3 +148,14 @@ def read_share(labels: str, else_it_is: str) -> float:
     except ValueError:
         raise ValueError(f"--labels {labels} is {else_it_is}") from None
     return share
+
+
+def digest_of(parts: Sequence[Labelled]) -> str:
+    """Of a labelled set: changes where its names, its labels, or the sizes of (up to 1,000 of) its
+    files do."""
+    digest = hashlib.sha256()
+    for part in parts:
+        images = getattr(part.images, "dataset", part.images)           # of a subset: the whole
+        digest.update(f"{images.fingerprint} {images.sizes} {part.classes}".encode(
+            errors="surrogateescape") + part.targets.numpy().tobytes())
+    return digest.hexdigest()[:16]

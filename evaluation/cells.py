@@ -152,9 +152,9 @@ def caption(settings: dict, cells: dict[tuple[str, int], dict]) -> str:
     about = (f"{data}, {settings['arch']}, {settings['size']} pixels; {equal}, by its own recipe. "
              "Top-1 in per cent: mean ± deviation of the sample, over n seeds. Bold: the highest "
              "mean, and those within one deviation of it, among all but untrained and supervised. "
-             "1 % and 10 %: of the labels of each class, at least one image; the linear probe is "
-             f"the mean of {DRAWS} draws. Minutes are those of training alone; GB is the peak "
-             "memory of a run's main process.")
+             "1 % and 10 %: of the labels of each class, at least one image, and for the linear "
+             f"probe about ten in all; that is the mean of {DRAWS} draws. Minutes are those of "
+             "training alone; GB is the peak memory of a run's main process.")
     if any("finetuned_1" in cell for cell in cells.values()):
         about += (" The untrained trunk, fine-tuned, is supervised training from scratch with that "
                   "share of the labels.")

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from data.labelled import find_splits, open_splits
+from data.labelled import digest_of, find_splits, open_splits
 from evaluation import finetune
 from evaluation.cells import (
     DRAWS,
@@ -109,8 +109,8 @@ def frozen(train: Extracted, val: Extracted) -> dict[str, float]:
 
 
 def few_labels(train: Extracted, val: Extracted, part: float) -> float:
-    """Top-1 of the linear probe with a part of each class' labels, at least one, and ten in all:
-    the mean of DRAWS draws, which are the same for all networks."""
+    """Top-1 of the linear probe with a part of each class' labels, at least one, and about ten in
+    all: the mean of DRAWS draws, which are the same for all networks."""
     (features,), (queries,), labelled = train.outputs, val.outputs, train.labelled
     top1, part = [], max(part, 10 / len(features))
     for draw in range(DRAWS):
@@ -219,11 +219,11 @@ def run(options: argparse.Namespace, recipe) -> bool:
             Path(options.data, part).is_dir() for part in ("train", "val"))):
         raise ValueError(f"compare needs {options.data}/train and {options.data}/val, each with a "
                          "folder for each class")
-    open_splits(options.data)
+    digest = digest_of(open_splits(options.data))
     length = {"images": None if options.minutes else recipe.steps * recipe.batch_size,
               "minutes": options.minutes}
     settings = {"data": os.path.abspath(options.data) if options.data else "the demo images",
-                "arch": recipe.arch, "size": options.size or recipe.crops[0].size,
+                "set": digest, "arch": recipe.arch, "size": options.size or recipe.crops[0].size,
                 "crop_ratio": options.crop_ratio, "bicubic": options.bicubic,
                 "precision": options.precision, "epochs": options.epochs, "lr": options.lr,
                 **length}

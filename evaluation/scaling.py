@@ -23,7 +23,6 @@ would follow from measured speed, and changes the pixels.
 """
 import argparse
 import contextlib
-import hashlib
 import itertools
 import os
 import shutil
@@ -33,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
-from data.labelled import Labelled, NamedSubset, open_splits
+from data.labelled import NamedSubset, digest_of, open_splits
 from data.shards import pack
 from data.stream import permute
 from evaluation.cells import (
@@ -69,16 +68,6 @@ def part_of(images, count: int, data: str, out: Path) -> str:
         pack(NamedSubset(images, chosen), aside, ONE_SHARD)
         os.replace(aside, folder)
     return str(folder / "000000.tar")
-
-
-def digest_of(parts: Sequence[Labelled]) -> str:
-    """Of a labelled set: changes where its names, their sizes or their labels do."""
-    digest = hashlib.sha256()
-    for part in parts:
-        images = getattr(part.images, "dataset", part.images)           # of a subset: the whole
-        digest.update(f"{images.fingerprint} {images.sizes} {part.classes}".encode(
-            errors="surrogateescape") + part.targets.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def missing(cell: dict, digests: Mapping[str, str]) -> list[str]:
@@ -173,12 +162,13 @@ def table(rows: dict[tuple[str, int], list[dict]], sets: Sequence[str]) -> str:
 
 def caption(settings: dict, cells: dict[tuple, dict]) -> str:
     """Of the table: what was held equal, what the numbers are, and which cells have failed."""
+    ratio = settings["crop_ratio"]
     about = (f"SwAV on parts of {settings['data']}, {settings['total']:,} pictures; each run saw "
              f"{settings['images']:,}, with recipe {settings['recipe']}'s settings for the whole "
              f"set. Frozen trunks at {settings['size']} pixels, crop ratio "
-             f"{settings['crop_ratio']}; top-1 in per cent; mean: over the sets. ±: deviation of "
-             "the sample, over n seeds, which share the parts. Minutes are "
-             f"those of training alone. Measured up to {date.today()}.")
+             f"{0.875 if ratio is None else ratio:g}; top-1 in per cent; mean: over the sets. ±: "
+             "deviation of the sample, over n seeds, which share the parts. Minutes are those of "
+             f"training alone. Measured up to {date.today()}.")
     beside = max((cell.get("jobs", 1) for cell in cells.values()), default=1)
     if beside > 1:
         about += f" Up to {beside} runs shared the machine, which the minutes show."
@@ -243,7 +233,7 @@ def run(options: argparse.Namespace, images, recipe, names: Sequence[str]) -> bo
         name: values[name] for name in names if name not in ("arch", "steps", "epochs", "images")}
     settings = rule | {
         "data": os.path.abspath(options.data), "fingerprint": images.fingerprint,
-        "total": len(images), "images": recipe.steps * recipe.batch_size,
+        "sizes": images.sizes, "total": len(images), "images": recipe.steps * recipe.batch_size,
         "size": options.size or recipe.crops[0].size, "crop_ratio": options.crop_ratio,
         "bicubic": options.bicubic, "precision": options.precision}
     keep_settings(out / "scaling.json", settings)

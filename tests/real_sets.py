@@ -17,8 +17,8 @@ satellite: tiles of 40 pixels (2.7 degrees) of NASA's photograph of the land, Bl
     is the Koeppen-Geiger climate of 70 % or more of the tile, by the first two letters of its zone
     in a table of climatologists (Rubel et al. 2016). Every fourth block of 16 degrees is held out.
 
-and two on which the settings of other methods were chosen (docs/methods.md), and no result is
-reported:
+and two on which settings were chosen (docs/methods.md, docs/miniature.md; there also on drawings),
+and no result is reported:
 
 backgrounds: tiles as the photographs', of the wallpapers of GNOME and UKUI.
 faenza: the icons of Faenza at 96 pixels, by context.

@@ -1,4 +1,5 @@
 """The uncurated set, on hand-made packages: what is in, what is out, and the same bytes again."""
+import gzip
 import io
 import zipfile
 
@@ -143,6 +144,15 @@ def test_licences_are_the_lines_of_the_copyright_file(tmp_path):
     doc.mkdir(parents=True)
     (doc / "copyright").write_text("Files: *\nLicense: CC-BY-SA-3.0\n text\nLicense:  GPL-2+ \n")
     assert uncurated.licences(tmp_path)[1] == ["CC-BY-SA-3.0", "GPL-2+"]
+
+
+def test_the_version_is_that_of_the_changelog(tmp_path):
+    assert uncurated.version(tmp_path) == "of an unknown version"
+    doc = tmp_path / "usr" / "share" / "doc" / "ours"
+    doc.mkdir(parents=True)
+    with gzip.open(doc / "changelog.Debian.gz", "wt") as file:
+        file.write("theirs (1:0.9-2) unstable; urgency=low\n\n  * (none)\n")
+    assert uncurated.version(tmp_path) == "1:0.9-2"
 
 
 def test_sets_that_are_not_whole_are_an_error(sets):

@@ -5,7 +5,7 @@
     python train.py --data 'uncurated/*.tar'
 
 uncurated/*.tar: the shards. sources.tsv: the package and path of each picture. licences.txt: each
-package, its number of pictures, and the licences that its copyright file names;
+package, its version, its number of pictures, and the licences that its copyright file names;
 licences/PACKAGE.txt are those files.
 
 In are the images of the packages, loose or in zip files (.pk3, .wz), with their transparency, from
@@ -22,6 +22,7 @@ set holds, or, for sets of tiles, like a file that they were cut from or one of 
 these come from.
 """
 import functools
+import gzip
 import hashlib
 import io
 import re
@@ -277,6 +278,15 @@ def licences(package: Path) -> tuple[str, list[str]]:
     return "\n".join(texts), sorted(named) or ["see its copyright file"]
 
 
+def version(package: Path) -> str:
+    """Of the first line of its changelog: "name (1:0.9-2) unstable; ..."."""
+    for changelog in sorted(package.glob("usr/share/doc/*/changelog*.gz")):
+        with gzip.open(changelog, "rt") as lines:
+            if found := re.search(r"\((.*?)\)", next(lines, "")):
+                return found[1]
+    return "of an unknown version"
+
+
 def main(out: Path, sets: Path, threads: int = 2) -> None:
     start = time.time()
     if list(out.glob("*.tar")):
@@ -297,7 +307,8 @@ def main(out: Path, sets: Path, threads: int = 2) -> None:
                     sources.write(f"{kind}/{name}/{picture}\t{path}\n")
                 text, named = licences(package)
                 (out / "licences" / f"{name}.txt").write_text(text)
-                table.write(f"{name}: {len(kept)} pictures; {', '.join(named)}\n")
+                table.write(f"{name} {version(package)}: {len(kept)} pictures; "
+                            f"{', '.join(named)}\n")
     paths = pack(open_images(out / "pictures"), out, 200 * 10 ** 6)
     for path in paths:
         print(path.name, hashlib.sha256(path.read_bytes()).hexdigest())

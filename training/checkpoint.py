@@ -176,7 +176,7 @@ def start_from(source: str, method: nn.Module, rank: int, name: str = "") -> Non
 def init_weights(source: str, name: str, quiet: bool) -> str | Loaded:
     """What load_weights takes. Of a run's folder it is the checkpoint, and of a run of another
     method than `name` the trunk alone."""
-    if source in OFFICIAL:              # whose arch is looked at before a download
+    if source in OFFICIAL and "://" in OFFICIAL[source].url:     # arch first, then a download
         return source
     loaded = read(next(iter(newest(source)), source), quiet=quiet)
     if loaded.config and name not in ("", loaded.config.get("method", "swav")):

@@ -100,6 +100,17 @@ def test_other_settings_are_refused(tmp_path):
         keep_settings(tmp_path / "compare.json", SETTINGS)
 
 
+def test_a_set_that_has_changed_is_refused(tmp_path, monkeypatch, refused, classes):
+    argv = ["compare", str(tmp_path / "out"), f"--data={classes}", *QUICK]
+    monkeypatch.setattr(compare, "fill", lambda *_: None)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            evaluate.main(argv)
+    with open(next(classes.rglob("*.png")), "ab") as file:
+        file.write(b"more")
+    assert "other settings (set was" in refused(*argv)
+
+
 def test_a_folder_takes_one_command_at_a_time(tmp_path, monkeypatch, refused, locked):
     argv = ["compare", tmp_path / "out", *QUICK]
     monkeypatch.setattr(compare, "fill", lambda *_: None)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 from data.images import open_images
-from data.labelled import open_splits
+from data.labelled import digest_of, open_splits
 from evaluation import runs, scaling
 from evaluation.cells import read_cells, write_cell
 from figures.scaling import scaling as plot
@@ -146,29 +146,34 @@ def test_numbers_beside_a_failure_take_the_place_of_older_ones(out):
     assert read_cells(out, scaling.KEY)[8, "regnety_100mf", 0]["sets"]["one"]["linear"] == 4.0
 
 
+def test_the_caption_says_how_images_were_cut():
+    for given, said in ((None, "ratio 0.875;"), (1.0, "ratio 1;"), (0.0, "ratio 0;")):
+        assert said in scaling.caption(SETTINGS | {"crop_ratio": given}, {})
+
+
 def test_a_set_is_measured_again_where_it_has_changed(classes, tmp_path):
     def digest():
-        return scaling.digest_of(open_splits(classes))
+        return digest_of(open_splits(classes))
 
     first, picture = digest(), next(classes.rglob("*.png"))
     assert digest() == first
     moved = tmp_path / "moved"
     shutil.copytree(classes, moved)
-    assert scaling.digest_of(open_splits(moved)) == first
+    assert digest_of(open_splits(moved)) == first
     data = picture.read_bytes()
     picture.write_bytes(data + b"more")
     assert digest() != first
     picture.write_bytes(data)
     assert digest() == first
     train, val = open_splits(classes)
-    assert scaling.digest_of([train._replace(targets=train.targets.flip(1)), val]) != first
+    assert digest_of([train._replace(targets=train.targets.flip(1)), val]) != first
 
 
 def test_a_set_that_is_not_measured_counts_as_failed(tmp_path, classes, monkeypatch, capsys):
     write_pictures(tmp_path / "photos", 12)
     argv = ["scaling", str(tmp_path / "out"), f"--data={tmp_path / 'photos'}", "--pictures=all",
             f"--sets={classes}", "--archs=regnety_100mf", "--seeds=0", *QUICK]
-    digest, given = scaling.digest_of(open_splits(classes)), []
+    digest, given = digest_of(open_splits(classes)), []
 
     def fill(options, images, recipe, rule, out, digests, settings):
         for key in scaling.wanted(options, len(images)):

@@ -90,6 +90,8 @@ def test_prototypes_grow_with_the_set_and_no_further():
 def test_a_trunk_that_has_learned_gets_a_quarter_of_the_rate():
     new, learned = (small(survey_of(500), given)["lr"] for given in ({}, {"init": "trunk.pt"}))
     assert learned[0] == new[0] / 4 and "learned already" in learned[1]
+    assert [small(survey_of(500), given)["steps"][0] for given in ({}, {"init": "trunk.pt"})] == [
+        400, 200]
     byol = small(survey_of(500), {"init": "trunk.pt", "method": "byol"})
     assert byol["lr"][0] == learned[0] and "predictor" in byol
     found = Config(method="byol", init="trunk.pt", **{name: value for name, (value, _) in
@@ -104,7 +106,7 @@ def test_a_trunk_that_has_learned_gets_a_quarter_of_the_rate():
 def test_remedies_name_what_differs_from_what_helped():
     text = remedies(configure({"recipe": "seer", "arch": "regnety_16gf"}))
     assert text.split(", ") == [
-        "--strength 0.2 (now 1)", "--epsilon 0.03 (now 0.05)", "--prototypes 128 (now 16000)",
+        "--strength 0.2 (now 1)", "--epsilon 0.03 (now 0.05)", "--prototypes 256 (now 16000)",
         "--gray 0 (now 0.2)", "--blur 0 (now 0.5)", "--freeze-prototypes 0 (now 313)"]
     assert "--head-bn" in remedies(configure({"arch": "regnety_256gf"})).split(", ")
     assert remedies(configure({"lr": 1.2})).split(", ") == ["--lr 9.6 (now 1.2)"]

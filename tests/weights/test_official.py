@@ -13,10 +13,11 @@ from methods.build import RESNETS
 from multicrop import IMAGENET_MEAN
 from regnet import ARCHS, RegNet
 from swav import SwAV
+from training.checkpoint import init_weights
 from weights import official
 from weights.files import read
 from weights.load import describe, load_weights
-from weights.names import from_ours
+from weights.names import from_ours, part_of
 from weights.official import LICENCES, OFFICIAL, official_names
 from weights.preprocessing import config_of, preprocessing_of
 
@@ -131,6 +132,13 @@ def test_the_trunk_that_is_shipped_loads_by_its_name(monkeypatch, capsys):
     known = preprocessing_of(config_of(loaded), loaded.path)
     assert known["size"] == 64 and known["mean"] != IMAGENET_MEAN
     assert official_names(loaded.path) == ["miniature_regnety_100mf"]
+
+
+def test_another_method_takes_the_trunk_alone_of_the_one_that_is_shipped():
+    parts = {method: {part_of(name) for name in init_weights("miniature_regnety_100mf", method,
+                                                             quiet=True).tensors}
+             for method in ("swav", "simclr")}
+    assert parts == {"swav": {"trunk", "head", "prototypes"}, "simclr": {"trunk"}}
 
 
 def test_a_shipped_file_that_is_gone_is_named(monkeypatch):
