@@ -15,11 +15,12 @@ The pictures of a cell are the first ones of a fixed permutation of --data: the 
 and seeds, and larger parts hold the smaller ones. A part is packed once, as it is, into
 OUT/pictures-N/000000.tar.
 
-All runs see as many pictures, and have the same settings: those of the recipe for the whole of
---data, prototypes, queue, channel means and all, written out on each command line. The rule of
-recipe `small` would give fewer prototypes to fewer pictures; then two things would change at once,
-and a cell would depend on which others are asked for. No run shrinks its images (--cache off): that
-would follow from measured speed, and changes the pixels.
+All runs see as many pictures, and have the same settings but for the learning rate, which the
+recipe chooses by the trunk: those of the recipe for the whole of --data, prototypes, queue, channel
+means and all, written out on each command line. The rule of recipe `small` would give fewer
+prototypes to fewer pictures; then two things would change at once, and a cell would depend on which
+others are asked for. No run shrinks its images (--cache off): that would follow from measured
+speed, and changes the pixels.
 """
 import argparse
 import contextlib
@@ -229,11 +230,12 @@ def run(options: argparse.Namespace, images, recipe, names: Sequence[str]) -> bo
     """
     out, values = Path(options.checkpoint), recipe.as_dict()
     digests = check(options, images, recipe.batch_size)
-    rule = {"recipe": recipe.recipe} | {
-        name: values[name] for name in names if name not in ("arch", "steps", "epochs", "images")}
+    own = ("arch", "lr", "steps", "epochs", "images")       # the rate follows the trunk
+    rule = {"recipe": recipe.recipe} | {name: values[name] for name in names if name not in own}
     settings = rule | {
         "data": os.path.abspath(options.data), "fingerprint": images.fingerprint,
-        "sizes": images.sizes, "total": len(images), "images": recipe.steps * recipe.batch_size,
+        "sizes": images.sizes, "total": len(images), "lr": recipe.lr,
+        "images": recipe.steps * recipe.batch_size,
         "size": options.size or recipe.crops[0].size, "crop_ratio": options.crop_ratio,
         "bicubic": options.bicubic, "precision": options.precision}
     keep_settings(out / "scaling.json", settings)

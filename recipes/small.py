@@ -18,7 +18,9 @@ from recipes.config import Config, flag
 from recipes.methods import small_of
 
 SMALL = 100_000             # images; with fewer, recipe small
+SMALL_ARCH = "regnety_100mf"
 SMALL_PEAK = 4.8            # its peak learning rate
+LARGER_PEAK = 2.4           # of another trunk
 INIT_PEAK = 1.2             # of a trunk that has learned already: --init
 MOST_SEEN = 320_000         # images, the same one counted each time
 VARIED = 10_000             # images; with more, SwAV's own areas of crops
@@ -84,7 +86,7 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
         crops = ("2x64@0.25-1+4x32@0.08-0.25",
                  "seen in minutes by a small trunk; 2x128+4x64 shows more, at 4 times the cost")
     rule = {
-        "arch": ("regnety_100mf", "learns in minutes on two processors; any other may be named"),
+        "arch": (SMALL_ARCH, "learns in minutes on two processors; any other may be named"),
         "batch_size": (batch, "half of the images, but at most 128: a step takes half a second"),
         "steps": (steps, "25 epochs, but at least 400 steps (200 from a trunk that has learned); "
                          "at most 320,000 images seen: with 64,000 it was 2 points less"),
@@ -106,7 +108,7 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
         "epsilon": (0.03, "crisper codes than SwAV's 0.05 leave ln K sooner"),
         "sinkhorn_iterations": (3, "as SwAV"),
         "freeze_prototypes": (0, "a short run has no steps to give away"),
-        "lr": peak_of(given.get("init"), batch),
+        "lr": peak_of(given, batch),
         "warmup": (0.08, "short, as the run is (not measured)"),
         "weight_decay": (1e-6, "as SwAV (not measured)"),
     }
@@ -119,13 +121,17 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
     return of_method(rule, method, count) | init
 
 
-def peak_of(init: str | None, batch: int) -> tuple[float, str]:
-    """The learning rate per 256 images, and the reason. init: the option, where it is given."""
-    if init:
+def peak_of(given: dict, batch: int) -> tuple[float, str]:
+    """The learning rate per 256 images, and the reason. given: the options `arch` and `init`."""
+    if given.get("init"):
         return INIT_PEAK * 256 / batch, (
             f"a peak of {INIT_PEAK:g} for any batch, as the trunk has learned already: on two sets "
             f"of 500 images 3.5 points of linear accuracy more than {SMALL_PEAK:g}, and 2.5 more "
             "than without this training")
+    if given.get("arch", SMALL_ARCH) != SMALL_ARCH:
+        return LARGER_PEAK * 256 / batch, (
+            f"a peak of {LARGER_PEAK:g} for any batch, half of {SMALL_ARCH}'s: with that a "
+            "regnety_200mf had an effective rank of 9 after 200 steps, with this one of 15")
     return SMALL_PEAK * 256 / batch, (f"a peak of {SMALL_PEAK:g} for any batch, with LARC: half of "
                                       "it cost the demo 7 points of linear accuracy")
 
@@ -141,7 +147,7 @@ def remedies(config: Config) -> str:
     """Which settings of a run that learns nothing to change: those that differ from the values with
     which small sets learned, in the order in which they mattered (docs/collapse.md)."""
     helped = {"strength": min(config.strength, 0.2),
-              "lr": max(config.lr, peak_of(config.init, config.batch_size)[0])}
+              "lr": max(config.lr, peak_of(config.as_dict(), config.batch_size)[0])}
     if config.method == "swav":
         helped |= {"epsilon": min(config.epsilon, 0.03), "prototypes": min(config.prototypes, 256),
                    "head_bn": True}
