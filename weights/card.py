@@ -107,13 +107,13 @@ def recipe(config: dict, environment: dict) -> str:
 
 
 def curve(folder: Path, log: list[dict]) -> str:
+    skipped = sum(entry.get("skipped", 0) for entry in log)      # each since the line before
     log = [entry for entry in log if "loss" in entry]
     if not log:
         return ""
     columns = [name for name in COLUMNS if any(name in entry for entry in log)]
     chosen = sorted({round(i * (len(log) - 1) / (ROWS - 1)) for i in range(ROWS)})
     picture = "![The loss over the steps](loss.png)\n\n" * (folder / "loss.png").exists()
-    skipped = log[-1].get("skipped", 0)
     return ("## Curves\n\n" + picture + table_of(
         columns, [[log[i].get(name, "") for name in columns] for i in chosen])
         + f"\n\nSteps that were skipped, for they were not finite: {skipped}." * bool(skipped))
