@@ -22,6 +22,7 @@ from data.stream import mix
 from multicrop import decode
 
 GRAY = (128, 128, 128)                  # what a rotation leaves empty
+LONGEST = 2048                          # pixels of a side: a rotated screenshot is still readable
 
 
 def crop(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -76,7 +77,8 @@ ATTACKS = {"crop": (crop,), "rotation": (rotation,), "jpeg": (jpeg,), "text": (t
 
 
 class Attacked:
-    """Some images under all attacks: of each image one after the other, as bytes of PNG.
+    """Some images, of at most LONGEST pixels a side, under all attacks: of each image one after the
+    other, as bytes of PNG.
 
     images: [i] -> bytes, .name(i).  chosen: which of them.
     """
@@ -100,6 +102,7 @@ class Attacked:
     def __getitem__(self, i: int) -> bytes:
         source, buffer = self.source(i), io.BytesIO()
         image = decode(self.images[source])
+        image.thumbnail((LONGEST, LONGEST))                 # smaller ones stay as they are
         rng = random.Random(mix(self.seed, source, i % len(ATTACKS)))
         for change in ATTACKS[self.attack(i)]:
             image = change(image, rng)

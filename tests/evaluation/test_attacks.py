@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from data.images import open_images
-from evaluation.attacks import ATTACKS, GRAY, Attacked
+from evaluation.attacks import ATTACKS, GRAY, LONGEST, Attacked
 from multicrop import decode
 
 
@@ -60,3 +60,11 @@ def test_small_images_can_be_attacked(tmp_path):
     copies = Attacked(open_images(tmp_path), [0], 0)
     for i in range(len(copies)):
         assert min(decode(copies[i]).size) >= 1
+
+
+def test_a_long_screenshot_can_be_rotated(tmp_path):
+    Image.new("L", (300, 16_000)).save(tmp_path / "screenshot.png")     # rotated: 100 megapixels
+    copies = Attacked(open_images(tmp_path), [0], 0)
+    for i, name in enumerate(ATTACKS):
+        assert max(decode(copies[i]).size) <= LONGEST + 38              # its shorter side is 38
+    assert decode(copies[[*ATTACKS].index("gray")]).size == (38, LONGEST)
