@@ -44,6 +44,7 @@ from figures.sheets import Row, Tile, sheet
 SPREADS = 3.0                            # of a normal distribution this is two deviations
 LEAST = 0.9                              # where all images are far apart, none is a duplicate
 MOST = 1 - 1e-4                          # exact copies, to rounding
+ROUNDING = 1e-6                          # of a similarity, below the threshold
 PER_COMPONENT = 8                        # images, at least, for each component of the whitening
 COMPONENTS = 32                          # with fewer there is no whitening: it would lose too much
 
@@ -92,7 +93,7 @@ def groups(x: Tensor, similarity: Tensor, threshold: float) -> list[list[int]]:
 
     x: (N, C) of unit norm.  similarity: to the nearest other, (N,): no other image is in a pair.
     """
-    chosen = (similarity >= threshold).nonzero()[:, 0]
+    chosen = (similarity >= threshold - ROUNDING).nonzero()[:, 0]
     parent = numpy.arange(len(chosen))
 
     def root(i: int) -> int:
@@ -102,7 +103,7 @@ def groups(x: Tensor, similarity: Tensor, threshold: float) -> list[list[int]]:
 
     x = x[chosen.to(x.device)]
     for start, block in similarities(x, x):
-        near = (block >= threshold).cpu().numpy()                        # (Q, n)
+        near = (block >= threshold - ROUNDING).cpu().numpy()             # (Q, n)
         for row in near.any(1).nonzero()[0]:
             first = start + row
             for j in numpy.unique(parent[near[row].nonzero()[0]]):       # a few, mostly
@@ -131,7 +132,7 @@ def kept_of(x: Tensor, threshold: float) -> list[bool]:
     for i, image in enumerate(x):
         kept.append(not near[i])
         if kept[-1]:
-            near |= x @ image >= threshold - 1e-6       # to rounding
+            near |= x @ image >= threshold - ROUNDING
     return kept
 
 

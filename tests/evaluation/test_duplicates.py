@@ -90,6 +90,14 @@ def test_exact_copies_are_found_however_many_there_are(count, copies):
     assert len(groups(x, similarity, choose_threshold(similarity))) == copies
 
 
+def test_a_threshold_of_1_finds_all_exact_copies():
+    x = planted(500, 500, size=1024, noise=0)
+    similarity = nearest_similarities(x)
+    assert 0 < (similarity < 1).sum() < 1000                # to rounding
+    assert groups(x, similarity, 1.0) == [[i, 500 + i] for i in range(500)]
+    assert all(kept_of(x[[i, 500 + i]], 1.0) == [True, False] for i in range(500))
+
+
 def test_equal_images_are_one_group():
     x = F.normalize(torch.randn(64), dim=0).repeat(400, 1)
     x[::3] *= 1 + 1e-7                      # rounding
