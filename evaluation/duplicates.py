@@ -46,15 +46,14 @@ LEAST = 0.9                              # where all images are far apart, none 
 MOST = 1 - 1e-4                          # exact copies, to rounding
 ROUNDING = 1e-6                          # of a similarity, below the threshold
 PER_COMPONENT = 8                        # images, at least, for each component of the whitening
-COMPONENTS = 32                          # with fewer there is no whitening: it would lose too much
+FEWEST = 256                             # images; of fewer the whitening would lose too much
 
 
 def whiten(x: Tensor, components: int) -> Tensor:
     """(N, C) -> of unit norm, (N, K): PCA whitened, with at most `components`, and at most one for
-    PER_COMPONENT images; (N, C), not whitened, where this leaves fewer than COMPONENTS, and where
-    all rows are the same. Memory: one more (N, C)."""
-    components = min(components, len(x) // PER_COMPONENT)
-    if min(components, x.shape[1]) < COMPONENTS:
+    PER_COMPONENT images; (N, C), not whitened, of fewer than FEWEST images, and where all rows are
+    the same. Memory: one more (N, C)."""
+    if len(x) < FEWEST:
         return F.normalize(x, dim=1)
     total, products = 0.0, 0.0
     for part in map(Tensor.double, x.split(4096)):
@@ -62,7 +61,7 @@ def whiten(x: Tensor, components: int) -> Tensor:
     squares = products.trace() / len(x)
     if squares - (total / len(x)).square().sum() < 1e-10 * squares:     # rounding alone
         return F.normalize(x, dim=1)
-    transform = whitening(len(x), total, products, components)
+    transform = whitening(len(x), total, products, min(components, len(x) // PER_COMPONENT))
     white = x.new_empty(len(x), transform.projection.shape[1])
     for part, out in zip(x.split(4096), white.split(4096)):
         out.copy_(F.normalize(transform(part), dim=1))

@@ -134,6 +134,9 @@ def test_whitening_makes_components_equal_where_images_suffice():
     assert (white.std(0) / white.std()).sub(1).abs().max() < 0.1
     assert whiten(x, 35).shape == (1000, 35) and whiten(x[:300], 1024).shape == (300, 37)
     torch.testing.assert_close(whiten(x[:255], 1024), F.normalize(x[:255], dim=1))
+    assert whiten(x, 24).shape == (1000, 24)            # as many as are asked for
+    narrow = whiten(x[:, -20:], 1024)                   # of a stage with few channels
+    assert (narrow.std(0) / narrow.std()).sub(1).abs().max() < 0.1
 
 
 def test_the_largest_file_is_first_and_then_the_nearest():
