@@ -198,8 +198,9 @@ def keep_file(out: Path) -> Path:
 
 
 def write_kept(path: Path, images, kept: list[int]) -> Path | None:
-    """Absolute paths, one a line, as train.py --data takes them; None, and a sentence, for images
-    that are no files, or have a line's end in their name."""
+    """Absolute paths, one a line, as train.py --data takes them; None, a sentence, and no file, for
+    images that are no files, or have a line's end in their name."""
+    path.unlink(missing_ok=True)        # an older one would be taken for this one
     names = [os.path.abspath(os.path.join(images.root, images.name(i)))
              for i in kept if isinstance(images, Files)]
     if not names or any("\n" in name or "\r" in name for name in names):

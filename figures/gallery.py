@@ -92,8 +92,13 @@ def principal_axes(features: Tensor) -> tuple[Tensor, list[float]]:
 
 
 def write_sprites(folder: Path, tiles: Iterable[Tensor], count: int) -> None:
-    """Thumbnails, uint8 (3, s, s), as folder/thumbs/0.jpg, ... and folder/map/0.jpg, ..."""
+    """Thumbnails, uint8 (3, s, s), as folder/thumbs/0.jpg, ... and folder/map/0.jpg, ...; those of
+    an older gallery are removed."""
     sheets = {}
+    for name in SPRITES:
+        for old in (folder / name).glob("*.jpg"):
+            if old.stem.isdigit():      # the user's own stay
+                old.unlink()
     for i, tile in enumerate(tiles):
         image = Image.fromarray(tile.permute(1, 2, 0).numpy())
         for name, (side, across) in SPRITES.items():

@@ -21,6 +21,7 @@ from evaluation.duplicates import (
     kept_of,
     nearest_similarities,
     whiten,
+    write_kept,
 )
 from tests.evaluation.conftest import QUICK, RANDOM
 from tests.evaluation.test_retrieve import write_blocks
@@ -184,6 +185,15 @@ def test_planted_images_are_found_and_left_out_of_the_list(tmp_path, command, re
     assert '"groups": 0' in printed.out and "no near-duplicates were found" in printed.err
     assert "one depth" in refused(*options, "--force", "--depths=res3,avgpool")
     assert "ends in .csv" in refused(*options, f"--out={tmp_path}/x.txt")
+
+
+def test_no_older_list_of_images_to_keep_is_left(tmp_path, capsys):
+    Image.new("L", (2, 2)).save(tmp_path / "a\nb.png")
+    for images in (open_images(tmp_path), [b"of a tar file"]):
+        path = tmp_path / "found.keep.txt"
+        path.write_text("older")
+        assert write_kept(path, images, [0]) is None and not path.exists()
+        assert "no list of images to keep" in capsys.readouterr().err
 
 
 @pytest.mark.measured

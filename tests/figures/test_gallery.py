@@ -114,6 +114,13 @@ def test_names_cannot_leave_the_data_and_sprites_hold_the_tiles(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", *SPRITES}
 
 
+def test_nothing_is_left_of_a_larger_gallery(tmp_path):
+    for count in (70, 3):
+        write(tmp_path, images_of(count), torch.zeros(count, 3, 96, 96, dtype=torch.uint8), "", "")
+        (tmp_path / "thumbs" / "mine.jpg").touch()
+    assert {path.name for path in tmp_path.glob("*/*")} == {"0.jpg", "mine.jpg"}
+
+
 def test_the_page_writes_text_alone_and_asks_no_network():
     page = TEMPLATE.read_text()
     assert page.count("DATA_AS_JSON") == 1
