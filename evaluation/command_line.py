@@ -14,7 +14,7 @@ from collections.abc import Callable
 from distributed.hardware import PRECISIONS
 from evaluation.duplicates import PER_COMPONENT
 from evaluation.lowshot import SHOTS
-from evaluation.pooling import POOLS
+from evaluation.pooling import COMPONENTS, POOLS
 from evaluation.supervised import RECIPES
 from methods.build import METHODS
 from multicrop import MAX_SIZE
@@ -167,9 +167,9 @@ def add_options_of_search(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("retrieve and duplicates")
     group.add_argument("--pool", choices=POOLS, default="rmac",
                        help="of a stage's map (SEER: rmac)")
-    group.add_argument("--components", type=number_in(int, 1, 100_000), default=1024, help="of the "
-                       "whitening, at most (SEER: 1024); duplicates: at most one for "
-                       f"{PER_COMPONENT} images")
+    group.add_argument("--components", type=number_in(int, 1, 100_000), default=COMPONENTS,
+                       help=f"of the whitening, at most (SEER: {COMPONENTS}); duplicates: at most "
+                       f"one for {PER_COMPONENT} images")
     group.add_argument("--whiten", action=Text, default="", help="retrieve: images, as train.py "
                        "takes them, on which PCA whitening is learned; none: no whitening")
     group.add_argument("--distractors", action=Text, default="", help="retrieve: more images of "

@@ -30,6 +30,7 @@ LEVELS = 3                               # of R-MAC's regions
 OVERLAP = 0.4                            # of neighbouring regions of the first level, about
 POWER = 3.0                              # of GeM (the paper's; VISSL has 4)
 POOLS = ("rmac", "gem", "mean")
+COMPONENTS = 1024                        # of the whitening, at most (SEER's)
 
 
 def regions(height: int, width: int, levels: int = LEVELS) -> list[tuple[int, int, int]]:

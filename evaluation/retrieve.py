@@ -30,7 +30,7 @@ from data.stream import permute
 from distributed.ranks import is_main
 from evaluation.attacks import ATTACKS, Attacked
 from evaluation.features import WholeImages, extract
-from evaluation.pooling import Descriptors, Regions, fit_whitening
+from evaluation.pooling import COMPONENTS, Descriptors, Regions, fit_whitening
 from evaluation.search import average_precision, ranks, similarities
 from evaluation.task import EvalTask
 from figures.sheets import Row, Tile, sheet
@@ -98,6 +98,8 @@ def run(task: EvalTask) -> dict:
     options, preprocessing = task.options, task.preprocessing
     if options.crop_ratio is not None and not options.attack:
         raise ValueError("--crop-ratio is of --attack: the published sets' images are shown whole")
+    if options.components != COMPONENTS and not options.whiten:
+        raise ValueError("--components is of --whiten: retrieve does not whiten without it")
     if options.attack:
         benchmark = attacked(task.images(), options.queries, options.seed)
         crops, extra, shape = preprocessing.center_crops, {}, {}

@@ -154,5 +154,6 @@ def test_copydays_and_depths_from_the_command_line(tmp_path, command, refused):
     whitened = command(*options, "--whiten", more, "--components=3")
     assert whitened["components"] == 3 and whitened["whiten"] == str(more)
     assert "--crop-ratio is of --attack" in refused(*options, "--crop-ratio=1")
+    assert "--components is of --whiten" in refused(*options, "--components=3")
     assert "add --attack" in refused("retrieve", *RANDOM, *HERE, "--data", more)
     assert "--attack is of retrieve" in refused("knn", *RANDOM, "--attack")
