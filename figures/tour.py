@@ -34,7 +34,7 @@ from figures.tour_run import (
     train_step,
 )
 from multicrop import parse_crops
-from sinkhorn import _log_domain, sinkhorn
+from sinkhorn import SAFE_EPSILON, _log_domain, _scaling, sinkhorn
 from swav import Queue, SwAV, swav_codes, swav_loss
 from weights.atomic import refuse_existing
 from weights.terminal import one_sentence
@@ -112,12 +112,15 @@ exp(score / ε), with each row and each column multiplied by a number:</p>
 <p>Sinkhorn-Knopp finds <i>u</i> and <i>v</i>: it divides each prototype's row by its sum, then each
 image's column, and repeats. An image's column, scaled to sum 1, is its <em>code</em> <i>q</i>. SwAV
 makes 3 iterations, SEER 10.</p>"""
+    code, how = Code(_scaling, "columns =", "block *= block.sum"), "takes a block of rows at a time"
+    if run.epsilon < SAFE_EPSILON:
+        code, how = Code(_log_domain, "logits =", "codes ="), "computes with logarithms"
     below = f"""<p>The scores of section 4, at ε = {run.epsilon:g}. Above: each prototype's share
 of the images, times K, and the largest; the dashed line at 1 is an equal share. Below: the
 codes, in shades by their square roots. As in the project's code, a row is an image and a column
-a prototype.</p>"""
-    return Section("Sinkhorn-Knopp: equal shares, step by step", text, picture,
-                   [Code(_log_domain, "logits =", "codes =")], below)
+a prototype; so <i>u</i> is of the images there, and <i>v</i> of the prototypes. The code
+{how}.</p>"""
+    return Section("Sinkhorn-Knopp: equal shares, step by step", text, picture, [code], below)
 
 
 def epsilon(album: Album, run: LoadedRun) -> Section:
@@ -127,8 +130,8 @@ def epsilon(album: Album, run: LoadedRun) -> Section:
 one prototype. With a large one it is spread over all, and the code, nearly 1/<i>K</i>
 everywhere, is the same for all images. The shares of the prototypes become equal for every ε. SwAV
 takes 0.05, SEER's largest network 0.03, this run {run.epsilon:g}.</p>
-<p>Below 0.03, exp(score / ε) may overflow; there the project computes with logarithms, as in the
-code of section 5.</p>"""
+<p>Below {SAFE_EPSILON:g}, exp(score / ε) may overflow; there the project computes with logarithms
+(<code>sinkhorn.py</code>).</p>"""
     return Section("Epsilon: how sharp the codes are", text, picture,
                    [Code(draw.epsilons, "for axis", "axis.set_xlabel"), Code(draw.shared)])
 

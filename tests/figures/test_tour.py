@@ -45,7 +45,7 @@ from figures.tour_run import (
 from larc import LARC
 from multicrop import MultiCrop, decode, parse_crops
 from regnet import ARCHS, complexity
-from sinkhorn import sinkhorn
+from sinkhorn import SAFE_EPSILON, sinkhorn
 from swav import Queue, swav_loss
 from tests.helpers import ROOT
 from training.run import Run
@@ -119,6 +119,20 @@ def test_all_code_of_the_sections_is_on_the_page(loaded):
     plain = on_page(sections, page("Title", "<p>Intro</p>", sections))
     assert "self.w_0 + self.w_a * j" in plain and "model.targets(outputs, step)" in plain
     assert all(len(code.text().splitlines()) <= 20 for s in sections for code in s.codes)
+
+
+@pytest.mark.parametrize("epsilon, used, how", [
+    (SAFE_EPSILON, "sinkhorn.py: _scaling", "a block of rows"),
+    (SAFE_EPSILON / 2, "sinkhorn.py: _log_domain", "logarithms")])
+def test_the_code_of_the_codes_is_that_which_is_run(loaded, monkeypatch, epsilon, used, how):
+    ran, run = [], copy.copy(loaded)
+    run.epsilon = epsilon
+    for name in ("_scaling", "_log_domain"):
+        monkeypatch.setattr(f"sinkhorn.{name}",
+                            lambda scores, *given, name=name: ran.append(name) or scores)
+    section = plan(Blank(), run)                        # it asks for the scores in order
+    code, = section.codes
+    assert code.name == used == f"sinkhorn.py: {ran[0]}" and how in section.below
 
 
 def test_the_boxes_are_those_that_are_cut():
