@@ -159,7 +159,7 @@ def test_requirements_and_licence_are_as_the_readme_says():
 def test_pages_are_short_and_name_files_that_are_there(page, most):
     text = (ROOT / page).read_text()
     assert len(text.splitlines()) <= most
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+    for target in re.findall(r"""(?:\]\(|src=")(?!http)([^)"#]+)""", text):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
     for room, name in re.findall(r"`((?:[a-z_]+/)+)([a-z_]+\.\w+)`", text):
         assert room.startswith("runs/") or (ROOT / room / name).exists(), f"{page}: {room}{name}"
