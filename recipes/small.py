@@ -89,7 +89,7 @@ def small(surveyed: Survey, given: dict, world: int = 1) -> dict[str, tuple[obje
         "arch": (SMALL_ARCH, "learns in minutes on two processors; any other may be named"),
         "batch_size": (batch, "half of the images, but at most 128: a step takes half a second"),
         "steps": (steps, "25 epochs, but at least 400 steps (200 from a trunk that has learned); "
-                         "at most 320,000 images seen: with 64,000 it was 2 points less"),
+                         "at most 320,000 images seen: 64,000, of fewer, were 2 points less"),
         "crops": crops,
         "strength": (0.2, "weak: it decides most. At SwAV's 1 small sets stay at ln K"),
         "strength_rise": (0.0, "constant: rising from 0.1 to 0.8 cost 4 to 8 points of kNN"),

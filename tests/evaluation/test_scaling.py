@@ -176,6 +176,7 @@ def test_a_set_that_is_not_measured_counts_as_failed(tmp_path, classes, monkeypa
     digest, given = digest_of(open_splits(classes)), []
 
     def fill(options, images, recipe, rule, out, digests, settings):
+        assert "lr" not in rule and "epsilon" in rule       # the trunk decides the rate
         for key in scaling.wanted(options, len(images)):
             write_cell(out, dict(zip(scaling.KEY, key)) | {"sets": {
                 "colours": {"knn": 1.0, "linear": 2.0, "set": given[0]}}})

@@ -97,14 +97,17 @@ def test_a_trunk_that_has_learned_gets_a_quarter_of_the_rate():
     found = Config(method="byol", init="trunk.pt", **{name: value for name, (value, _) in
                                                       byol.items()})
     assert remedies(found).startswith("nothing that is known")
-    larger = small(survey_of(500), {"arch": "regnety_200mf"})["lr"]
-    assert larger[0] == new[0] / 2 and "half of regnety_100mf's" in larger[1]
-    named = small(survey_of(500), {"arch": "regnety_100mf"})["lr"]
-    assert named == new and small(survey_of(500), {"arch": "regnety_200mf", "init": "t.pt"})[
-        "lr"] == learned
     config = configure({"data": "photos/", "recipe": "demo", "init": "trunk.pt",
                         "lr": learned[0], "batch_size": 128})
     assert "--lr" not in remedies(config)
+
+
+def test_a_larger_trunk_gets_half_the_rate():
+    new, same, larger, learned = (small(survey_of(500), given)["lr"] for given in (
+        {}, {"arch": "regnety_100mf"}, {"arch": "regnety_200mf"},
+        {"arch": "regnety_200mf", "init": "trunk.pt"}))
+    assert same == new and larger[0] == new[0] / 2 and "half of regnety_100mf's" in larger[1]
+    assert learned[0] == new[0] / 4
 
 
 # ----------------------------------------------------------------------------------- the remedies
